@@ -1,0 +1,220 @@
+"""One run described by nested dataclasses; see `megatron_hgpt.config_io` for YAML, presets and dotted overrides.
+
+Numbers carry their unit in the name or in the docstring. Nothing here starts a process group or touches a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True, slots=True)
+class HLoRAPluginConfig:
+    """One H-LoRA plugin (spec section 5)."""
+
+    lora_rank: int = 64
+    """Total rank r over all experts; must be a multiple of `num_experts`."""
+    alpha: float = 128.0
+    """Scale is alpha / lora_rank * num_experts."""
+    num_experts: int = 4
+    """k: every expert is active for every token, weighted by the router."""
+    dropout: float = 0.05
+    """Probability, on the rank axis, after A. A stage may set its own (stage-1 comprehension: 0)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HLoRAConfig:
+    """The two plugins of one model; None leaves a plugin out."""
+
+    comprehension: HLoRAPluginConfig | None = field(default_factory=HLoRAPluginConfig)
+    generation: HLoRAPluginConfig | None = field(
+        default_factory=lambda: HLoRAPluginConfig(lora_rank=256, alpha=512.0)
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class VisionConfig:
+    """The frozen CLIP tower and the depths that HVP reads (spec section 2)."""
+
+    tower: str | None = None
+    """Folder of a Hugging Face `CLIPVisionModel` (config.json + safetensors); None initialises at random, loudly."""
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """Content of the tower's config.json: hidden_size, num_hidden_layers, image_size, patch_size …"""
+    comprehension_hidden_state: int = -2
+    """Index into HF `hidden_states` for the abstract-grained features."""
+    generation_hidden_state: int = 1
+    """Index into HF `hidden_states` for the concrete-grained features."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VQConfig:
+    """The VQGAN whose codebook indices are the image tokens (spec section 4)."""
+
+    path: str | None = None
+    """Folder with `model.yaml` and `last.ckpt` in taming-transformers' layout; needed to encode and to decode."""
+    num_codes: int = 8192
+    """Codebook entries, and so the number of `<idx_*>` tokens."""
+    num_indices: int = 1024
+    """Indices of one image in raster order (resolution 256, f=8: 32 x 32)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VocabularyConfig:
+    """Text ids, then `<start_index>`, `<idx_0>` …, `<end_index>`, `<pixel_newline>`, then padding."""
+
+    text_size: int = 32011
+    """Ids of the text tokenizer that are kept; the first VQ token gets this id."""
+    pad_to_multiple: int = 1024
+    """Embedding and head rows are padded to this multiple: one size for every tensor-parallel size."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Everything that fixes the shape and the frozen weights of the model."""
+
+    backbone: str | None = None
+    """Folder of a Hugging Face causal LM (config.json + safetensors); None initialises at random, loudly."""
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """Content of the backbone's config.json; with `backbone` set it must agree with the folder's."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; None means the backbone's folder."""
+    template: str = "phi3_instruct"
+    """Chat template: phi3_instruct, phi4_instruct, qwen_2, smollm2 or plain."""
+    system_prompt: str | None = None
+    """System message of the template; None means the template's own."""
+    max_seq_length: int = 2048
+    """Tokens of one sample after the image features are spliced in; longer samples are truncated and counted."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    vq: VQConfig = field(default_factory=VQConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    hlora: HLoRAConfig = field(default_factory=HLoRAConfig)
+    transformer_overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core's TransformerConfig set verbatim (an unknown name is refused)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """Process layout; data parallel size is world size / (tensor * pipeline * context)."""
+
+    tensor_model_parallel_size: int = 1
+    """T: ranks that share one layer."""
+    sequence_parallel: bool = False
+    """Shard activations over T outside the linears; needs T > 1."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+    context_parallel_size: int = 1
+    """Ranks that share one sequence."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data parallel ranks (ZeRO-1)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Training data: folders written by `tools/preprocess_vl_health.py`."""
+
+    train: list[str] = field(default_factory=list)
+    """Dataset folders (each with manifest.json); samples of all of them form one epoch."""
+    validation: list[str] = field(default_factory=list)
+    """Held-out dataset folders; empty means no validation loss."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Task -> weight of its micro-batches; empty means in proportion to the samples of each task."""
+    shuffle: bool = True
+    num_workers: int = 2
+    """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its schedule (spec section 6); None takes the stage table's value."""
+
+    lr: float | None = None
+    """Peak learning rate of H-LoRA, embeddings, head, or (stage-1 comprehension) the adapter."""
+    adapter_lr: float | None = None
+    """Peak learning rate of the vision adapters where they train beside other groups."""
+    schedule: str | None = None
+    """cosine, linear or constant after warm-up."""
+    warmup_ratio: float | None = None
+    """Share of the steps spent in linear warm-up, 0 … 1."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the decay, as a share of the peak."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm; 0 turns clipping off."""
+    megatron_overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core's OptimizerConfig set verbatim (an unknown name is refused)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """How long and how wide to train."""
+
+    stage: str = "stage3_joint"
+    """A row of `megatron_hgpt.stages.STAGES`."""
+    num_steps: int | None = None
+    """Optimizer steps; exactly one of num_steps and num_epochs is set."""
+    num_epochs: float | None = None
+    """Passes over the training samples."""
+    micro_batch_size: int = 1
+    """Samples per forward pass and data-parallel rank."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all ranks; None takes the stage table's value."""
+    precision: str = "bf16"
+    """bf16 or fp32 for parameters and activations; the router softmax and the loss are fp32 always."""
+    seed: int = 1234
+    """Seeds initialisation (by parameter name), data order and dropout."""
+    train_adapters_in_stage2: bool = False
+    """The paper's text and table disagree; default frozen."""
+    new_rows: str = "rows"
+    """Stage-1 generation: train the new vocabulary rows only (rows), all rows (full) or none."""
+    recompute: str | None = None
+    """None, selective or full activation recomputation."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Where training state goes and what it starts from."""
+
+    directory: str | None = None
+    """Folder of step_* checkpoints; None means <output_dir>/checkpoints."""
+    save_interval_steps: int = 500
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint in `directory` when there is one."""
+    init_from: list[str] = field(default_factory=list)
+    """Checkpoints of earlier stages whose weights (not optimizer) are loaded in order before training."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is shown and written while training."""
+
+    interval_steps: int = 1
+    """Optimizer steps between console and TensorBoard records."""
+    tensorboard: bool = True
+    sample_images_interval_steps: int = 0
+    """Optimizer steps between sample images in TensorBoard; 0 draws none."""
+    num_sample_images: int = 4
+    """Images drawn each time."""
+    progress_bar: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One training run of one stage."""
+
+    name: str = "run"
+    output_dir: str = "runs/run"
+    """Everything the run writes: checkpoints, TensorBoard, metrics.jsonl, resolved config."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

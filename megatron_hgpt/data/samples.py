@@ -1,0 +1,106 @@
+"""Typed samples and batches: what travels between the data builders, the mmap files, the loader and the model.
+
+Shape legend: b = micro-batch size (samples), s = padded sequence length (tokens), n = images in the micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (spec section 3)."""
+
+IMAGE_TOKEN_ID = -200
+"""Stored in the token stream where one image's features go; never a vocabulary id."""
+
+IMAGE_PLACEHOLDER = "<image>"
+"""The same place in the text of a conversation."""
+
+
+class Task(str, Enum):
+    """What the model does with a sample; selects vision depth, adapter and H-LoRA plugin (hard routing)."""
+
+    COMPREHENSION = "comprehension"
+    GENERATION = "generation"
+
+    @property
+    def index(self) -> int:
+        """0 for comprehension, 1 for generation: how the task is stored in binary files."""
+        return list(Task).index(self)
+
+
+TASKS: tuple[Task, ...] = tuple(Task)
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    """``"user"`` or ``"assistant"``."""
+    text: str
+    """Text with ``<image>`` placeholders; of a generation answer, the text before the image (usually empty)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One VL-Health record after parsing, before tokenisation."""
+
+    sample_id: str
+    task: Task
+    turns: list[Turn]
+    images: list[Path | bytes] = field(default_factory=list)
+    """Input images in the order of their placeholders: a path, or the encoded bytes (PNG, JPEG)."""
+    target_image: Path | bytes | None = None
+    """Generation only: the image to draw."""
+    target_indices: list[int] | None = None
+    """Generation only: the VQ indices of the image to draw, raster order, when they are given instead of the image."""
+    source: str = ""
+    """Name of the data source, for per-source statistics."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class EncodedSample:
+    """One sample as the mmap dataset returns it."""
+
+    sample_id: str
+    task: Task
+    tokens: torch.Tensor
+    """int64 [t]: token ids with `IMAGE_TOKEN_ID` once per image."""
+    loss_mask: torch.Tensor
+    """bool [t]: True where the token itself is supervised (is predicted and counts in the loss)."""
+    images: list[Any]
+    """Input images (PIL, RGB) in order."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MicroBatch:
+    """One micro-batch of one task, ready for the model; right-padded, causal."""
+
+    task: Task
+    tokens: torch.Tensor
+    """int64 [b, s]: ids; 0 at image-feature and padding positions."""
+    labels: torch.Tensor
+    """int64 [b, s]: the id to predict AT this position (already shifted left by one); IGNORE_INDEX elsewhere."""
+    position_ids: torch.Tensor
+    """int64 [b, s]: 0 … s-1, counting through the image features."""
+    image_mask: torch.Tensor
+    """bool [b, s]: True where an image feature goes; row-major order equals (image, feature) order."""
+    pixel_values: torch.Tensor
+    """float32 [n, 3, height, width], CLIP-normalised; n may be 0."""
+    sample_ids: list[str]
+    num_supervised_tokens: int
+    """Positions with a label, in this micro-batch."""
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """A copy with every tensor on `device`."""
+        moved = {name: getattr(self, name) for name in self.__slots__}
+        return MicroBatch(
+            **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in moved.items()}
+        )
