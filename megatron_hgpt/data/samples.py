@@ -97,6 +97,8 @@ class MicroBatch:
     sample_ids: list[str]
     num_supervised_tokens: int
     """Positions with a label, in this micro-batch."""
+    num_content_tokens: int
+    """Positions that hold text, image features or VQ tokens: b * s less the padding."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy with every tensor on `device`."""

@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Scores of both tasks, and the results a report is made from."""

@@ -1,1 +1,48 @@
-"""hooks"""
+"""Side effects of training (console, files, TensorBoard, throughput, watchdog): the trainer knows `Hook` only."""
+
+from __future__ import annotations
+
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.console import ConsoleHook
+from megatron_hgpt.hooks.image_samples import ImageSamplesHook, SampleImages
+from megatron_hgpt.hooks.metrics import MetricsHook
+from megatron_hgpt.hooks.tensorboard import TensorBoardHook
+from megatron_hgpt.hooks.throughput import PathParameters, ThroughputHook
+from megatron_hgpt.hooks.watchdog import WatchdogHook
+
+__all__ = ["Hook", "PathParameters", "SampleImages", "StepRecord", "TrainState", "build_hooks"]
+
+
+def build_hooks(
+    config: RunConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    parameters: PathParameters | None = None,
+    sample_images: SampleImages | None = None,
+) -> list[Hook]:
+    """The hooks that `config.logging` asks for, the same list on every rank.
+
+    Args:
+        rank: of this process in the whole job.
+        world_size: ranks of the whole job.
+        parameters: counts for the 4N rule; None leaves the throughput line out.
+        sample_images: draws sample images on all ranks together; used when
+            `logging.sample_images_interval_steps` is positive.
+    """
+    logging = config.logging
+    tensorboard = TensorBoardHook(interval_steps=logging.interval_steps) if logging.tensorboard else None
+    hooks: list[Hook] = [
+        ConsoleHook(progress_bar=logging.progress_bar),
+        MetricsHook(interval_steps=logging.interval_steps),
+        WatchdogHook(rank=rank),
+    ]
+    if parameters is not None:
+        hooks.append(ThroughputHook(parameters=parameters, world_size=world_size))
+    if sample_images is not None and logging.sample_images_interval_steps > 0:
+        interval = logging.sample_images_interval_steps
+        hooks.append(ImageSamplesHook(interval_steps=interval, sample_images=sample_images, tensorboard=tensorboard))
+    if tensorboard is not None:
+        hooks.append(tensorboard)  # after the images: its on_fit_end closes the file they are written to
+    return hooks

@@ -1,0 +1,109 @@
+"""Process groups, device and seeds: the only module that reads torchrun's environment."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megatron_hgpt import cpu_platform
+from megatron_hgpt.config import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedContext:
+    """Where this process stands in the layout; sizes and ranks are counts of processes."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_writer(self) -> bool:
+        """True on exactly one process: the one that logs and writes metrics."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """Global rank of this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> DistributedContext:
+    """Start the process group, Megatron's model-parallel groups and the random states.
+
+    Args:
+        parallel: sizes of the layout; already validated against the world size.
+        seed: seeds the default generator alike on every model-parallel rank and the tensor-parallel one apart.
+        timeout_s: seconds after which a collective that not every rank joined raises.
+    """
+    on_cpu = cpu_platform.install_if_needed()
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    if on_cpu:
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")
+        torch.distributed.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            create_gloo_process_groups=not on_cpu,
+        )
+    # Dropout masks differ between data-parallel ranks and pipeline stages; tensor-parallel ranks share the default
+    # generator and differ in the tracked model-parallel one.
+    rank_seed = (
+        seed + 10_000 * parallel_state.get_data_parallel_rank() + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    )
+    torch.manual_seed(rank_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)
+    return DistributedContext(
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def shutdown() -> None:
+    """Destroy Megatron's groups and the process group; safe to call twice."""
+    if not torch.distributed.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

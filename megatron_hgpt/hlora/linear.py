@@ -1,0 +1,170 @@
+"""Megatron's parallel linears with H-LoRA plugins beside the frozen weight.
+
+They subclass the base linears, so that base weights keep Megatron's names. Activations are [s, b, h]; T is the
+tensor-parallel size; sequence parallelism (SP) shards s over T.
+
+Column (QKV, FC1)   P replicated, runs on the local tokens of the norm output; only u is gathered: [s, b, r] and never
+                    [s, b, h]. Its backward is a reduce-scatter (SP) or an all-reduce.
+Row (proj, FC2)     P sharded on its input, z is a partial sum and is reduced BEFORE the gate; B replicated on local tokens.
+
+Under SP the gradients of replicated factors (P of column, B of row) are sums over local tokens only: their
+``sequence_parallel`` flag makes Megatron's finalize_model_grads add them up over T.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
+
+from megatron_hgpt.config import HLoRAPluginConfig
+from megatron_hgpt.data.samples import Task
+from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
+
+
+class HLoRALinearMixin:
+    """Plugins of one linear and the choice among them; see `HLoRATransformerLayer` for who sets `active_task`."""
+
+    hlora: nn.ModuleDict
+    active_task: Task | None
+    sequence_parallel: bool
+    tp_group: Any
+
+    def _add_plugins(
+        self,
+        plugins: Mapping[Task, HLoRAPluginConfig],
+        layout: BranchLayout,
+        *,
+        input_size: int,
+        output_divisor: int,
+        replicated: str,
+    ) -> None:
+        """Create the plugins; `replicated` names the factor that every rank holds whole ("lora_p" or "lora_b")."""
+        self.active_task = None
+        self.hlora = nn.ModuleDict()
+        for task, config in plugins.items():
+            plugin = HLoRAPlugin(
+                config,
+                layout,
+                input_size=input_size,
+                output_divisor=output_divisor,
+                dtype=self.config.params_dtype,
+                device=self.weight.device,
+            )
+            for name, parameter in plugin.named_parameters():
+                if name.startswith(replicated):
+                    parameter.sequence_parallel = self.sequence_parallel
+                else:
+                    set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
+            self.hlora[task.value] = plugin
+
+    def _active_plugin(self) -> HLoRAPlugin | None:
+        if self.active_task is None or self.active_task.value not in self.hlora:
+            return None
+        return self.hlora[self.active_task.value]
+
+    def _rng_context(self) -> Any:
+        # Under SP every rank drops other tokens; without, all ranks see the same tokens and must agree on the mask.
+        return get_cuda_rng_tracker().fork() if self.sequence_parallel else contextlib.nullcontext()
+
+    def _sharded_state_dict(self, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:
+        for name, parameter in self.hlora.named_parameters():
+            if getattr(parameter, "tensor_model_parallel", False):
+                axes[f"hlora.{name}"] = parameter.partition_dim
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axes,
+            offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+
+class HLoRAColumnParallelLinear(HLoRALinearMixin, ColumnParallelLinear):
+    """`ColumnParallelLinear` (QKV, FC1) with H-LoRA."""
+
+    def __init__(
+        self,
+        *args: Any,
+        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
+        hlora_layout: BranchLayout,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_plugins(
+            hlora_plugins,
+            hlora_layout,
+            input_size=self.input_size,
+            output_divisor=self.tp_group.size(),
+            replicated="lora_p",
+        )
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s/T or s, b, in] to [s, b, out/T]."""
+        plugin = self._active_plugin()
+        if plugin is None:
+            return super().forward(input_, *args, **kwargs)
+        u = plugin.gate(plugin.project(input_), self._rng_context)  # [s/T or s, b, sections, r]
+        if self.sequence_parallel:
+            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # backward: reduce-scatter
+        else:
+            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # backward: all-reduce
+        output, bias = super().forward(input_, *args, **kwargs)
+        return output + plugin.expand(u, self.tp_group.size()), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Base weight and bias sharded on axis 0, B on axis 0, P replicated."""
+        return self._sharded_state_dict({"weight": 0, "bias": 0}, prefix, sharded_offsets, metadata)
+
+
+class HLoRARowParallelLinear(HLoRALinearMixin, RowParallelLinear):
+    """`RowParallelLinear` (attention projection, FC2) with H-LoRA."""
+
+    def __init__(
+        self,
+        *args: Any,
+        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
+        hlora_layout: BranchLayout,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_plugins(
+            hlora_plugins,
+            hlora_layout,
+            input_size=self.input_size_per_partition,
+            output_divisor=1,
+            replicated="lora_b",
+        )
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, in/T] to [s/T or s, b, out]."""
+        plugin = self._active_plugin()
+        if plugin is None:
+            return super().forward(input_)
+        z = plugin.project(input_)  # [s, b, sections, r + k]: partial over T
+        if self.sequence_parallel:
+            z = reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
+        else:
+            z = reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
+        delta = plugin.expand(plugin.gate(z, self._rng_context), 1)
+        output, bias = super().forward(input_)
+        return output + delta, bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Base weight sharded on axis 1, P on axis 1, B replicated."""
+        return self._sharded_state_dict({"weight": 1}, prefix, sharded_offsets, metadata)

@@ -1,0 +1,105 @@
+"""One H-LoRA plugin on one linear: its parameters, their sharding, and the branch between input and output.
+
+A fused linear can hold several HF linears. Phi fuses them in the checkpoint too, so one A/R serves all of them;
+Llama and Qwen keep q, k, v and gate, up apart, each with an A/R of its own. `BranchLayout` says which:
+
+    sections    independent A/R pairs, stacked in one GEMM                  Phi qkv: 1, Qwen qkv: 3
+    parts       output blocks, each with its B and the section it reads     qkv: (q, k, v), fc1: (gate, up)
+
+B is stored per part (not in Megatron's fused row order), so that its shards are plain contiguous rows at every
+tensor-parallel size; `assemble` puts the parts' outputs into the base linear's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megatron_hgpt.config import HLoRAPluginConfig
+from megatron_hgpt.hlora.gate import gate
+from megatron_hgpt.hlora.maths import hlora_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchLayout:
+    """How the branch of one fused linear is cut; sizes are full (unsharded) output features."""
+
+    part_sizes: tuple[int, ...]
+    num_sections: int = 1
+    """1, or one per part."""
+    part_names: tuple[str, ...] = ("out",)
+    interleave_groups: int = 1
+    """KV groups whose (q, k, v) rows alternate in the base weight; 1 concatenates the parts."""
+
+    def section_of(self, part: int) -> int:
+        """The section that feeds a part."""
+        return part if self.num_sections > 1 else 0
+
+    def assemble(self, outputs: list[torch.Tensor], tp_size: int, *, dim: int = -1) -> torch.Tensor:
+        """Parts [..., part/T] (or B rows with dim=0) in the base linear's row order [..., out/T]."""
+        if len(outputs) == 1:
+            return outputs[0]
+        groups = self.interleave_groups // tp_size if self.interleave_groups > 1 else 1
+        if groups == 1:
+            return torch.cat(outputs, dim=dim)
+        blocks = [output.unflatten(dim, (groups, -1)) for output in outputs]
+        inner = dim if dim < 0 else dim + 1
+        return torch.cat(blocks, dim=inner).flatten(inner - 1, inner)
+
+
+class HLoRAPlugin(nn.Module):
+    """Parameters of one plugin on one linear.
+
+    Attributes:
+        lora_p: [sections * (r + k), in] (in / T on a row-parallel linear): per section A then R.
+        lora_b: one [part / T, r] (part on a row-parallel linear) per part, initially zero.
+    """
+
+    def __init__(
+        self,
+        config: HLoRAPluginConfig,
+        layout: BranchLayout,
+        *,
+        input_size: int,
+        output_divisor: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        self.scale = hlora_scale(config)
+        self.dropout = config.dropout
+        width = layout.num_sections * (config.lora_rank + config.num_experts)
+        self.lora_p = nn.Parameter(torch.empty(width, input_size, dtype=dtype, device=device))
+        self.lora_b = nn.ParameterList(
+            nn.Parameter(torch.zeros(size // output_divisor, config.lora_rank, dtype=dtype, device=device))
+            for size in layout.part_sizes
+        )
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """z = x P^T: [..., sections, r + k]; a partial sum where x is sharded on features."""
+        return F.linear(x, self.lora_p).unflatten(-1, (self.layout.num_sections, -1))
+
+    def gate(self, z: torch.Tensor, rng_context: Callable) -> torch.Tensor:
+        """u [..., sections, r] from complete (reduced) z; `rng_context` opens the generator dropout draws from."""
+        mask = None
+        if self.training and self.dropout > 0.0:
+            keep = 1.0 - self.dropout
+            with rng_context():
+                mask = torch.empty(*z.shape[:-1], self.config.lora_rank, dtype=z.dtype, device=z.device)
+                mask.bernoulli_(keep)
+            mask.div_(keep)
+        return gate(z, self.config.lora_rank, self.scale, mask)
+
+    def expand(self, u: torch.Tensor, tp_size: int) -> torch.Tensor:
+        """u B^T in the base linear's output order: [..., out / tp_size]."""
+        layout = self.layout
+        if layout.num_sections == 1:
+            return F.linear(u.squeeze(-2), layout.assemble(list(self.lora_b), tp_size, dim=0))
+        outputs = [F.linear(u[..., layout.section_of(i), :], b) for i, b in enumerate(self.lora_b)]
+        return layout.assemble(outputs, tp_size)

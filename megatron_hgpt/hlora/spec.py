@@ -1,0 +1,140 @@
+"""The decoder layer of HealthGPT as a megatron.core layer spec: H-LoRA on every linear of the LLM.
+
+How a layer knows the task: Megatron's layers take no extra arguments, and a selector set by the forward step would be
+stale when recomputation or a pipeline schedule runs a layer again during another micro-batch's backward. So the task
+travels with the arguments that Megatron captures, on a subclass of `PackedSeqParams`, and `HLoRATransformerLayer`
+hands it to its linears each time it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_hgpt.config import HLoRAPluginConfig
+from megatron_hgpt.data.samples import Task
+from megatron_hgpt.hlora.attention import SDPACoreAttention
+from megatron_hgpt.hlora.linear import HLoRAColumnParallelLinear, HLoRALinearMixin, HLoRARowParallelLinear
+from megatron_hgpt.hlora.plugins import BranchLayout
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.backbone import BackboneShape
+
+
+@dataclass
+class TaskRouting(PackedSeqParams):
+    """The task of a micro-batch, travelling where Megatron carries packed-sequence parameters."""
+
+    task: Task | None = None
+    """The plugin to run; None runs the bare backbone."""
+
+    @classmethod
+    def of(cls, task: Task | None, sequence_length: int) -> TaskRouting:
+        """Routing of an unpacked micro-batch; `sequence_length` (tokens, unsharded) sizes the rotary table."""
+        return cls(task=task, max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length)
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that may run on sequence-sharded tokens; its weight says so to Megatron's gradient finalisation."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class HLoRATransformerLayer(TransformerLayer):
+    """A transformer layer that selects the H-LoRA plugin of the micro-batch it is running."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._hlora_linears = tuple(module for module in self.modules() if isinstance(module, HLoRALinearMixin))
+
+    def forward(
+        self, *args: Any, packed_seq_params: TaskRouting | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `TransformerLayer.forward`; `packed_seq_params` brings the task and goes no further (no packing)."""
+        task = None if packed_seq_params is None else packed_seq_params.task
+        for linear in self._hlora_linears:
+            linear.active_task = task
+        return super().forward(*args, packed_seq_params=None, **kwargs)
+
+
+def linear_layouts(shape: BackboneShape) -> dict[str, BranchLayout]:
+    """The branch layout of each fused linear of one layer, by Megatron's name."""
+    query = shape.num_heads * shape.head_dim
+    key = shape.num_kv_heads * shape.head_dim
+    return {
+        "linear_qkv": BranchLayout(
+            part_sizes=(query, key, key),
+            part_names=("q", "k", "v"),
+            num_sections=1 if shape.fused_qkv else 3,
+            interleave_groups=shape.num_kv_heads,
+        ),
+        "linear_proj": BranchLayout(part_sizes=(shape.hidden_size,)),
+        "linear_fc1": BranchLayout(
+            part_sizes=(shape.ffn_size, shape.ffn_size),
+            part_names=("gate", "up"),
+            num_sections=1 if shape.fused_qkv else 2,
+        ),
+        "linear_fc2": BranchLayout(part_sizes=(shape.hidden_size,)),
+    }
+
+
+def hlora_block_spec(
+    config: TransformerConfig, shape: BackboneShape, plugins: Mapping[Task, HLoRAPluginConfig]
+) -> TransformerBlockSubmodules:
+    """The decoder block: local (torch) modules, H-LoRA on QKV, projection, FC1 and FC2.
+
+    Args:
+        config: Megatron's transformer configuration.
+        shape: the backbone, which decides how each branch is cut.
+        plugins: plugins to hang on every linear; may be empty.
+    """
+    layouts = linear_layouts(shape)
+
+    def linear(name: str, module: type) -> ModuleSpec:
+        return ModuleSpec(module=module, params={"hlora_plugins": plugins, "hlora_layout": layouts[name]})
+
+    layer = ModuleSpec(
+        module=HLoRATransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=SequenceParallelRMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=linear("linear_qkv", HLoRAColumnParallelLinear),
+                    core_attention=SDPACoreAttention,
+                    linear_proj=linear("linear_proj", HLoRARowParallelLinear),
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=SequenceParallelRMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=linear("linear_fc1", HLoRAColumnParallelLinear),
+                    linear_fc2=linear("linear_fc2", HLoRARowParallelLinear),
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm
+    )

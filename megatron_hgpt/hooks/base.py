@@ -1,0 +1,77 @@
+"""What the trainer tells its hooks, and the base class they share.
+
+Steps are counted from 1: `TrainState.step` is the number of optimizer steps completed, so a run resumed from
+`step_00000100` starts with `state.step == 100` and its first record has `record.step == 101`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hgpt.config import RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """Where a run stands; hooks read it and never write to it."""
+
+    step: int
+    """Optimizer steps completed, those before a resume included."""
+    total_steps: int
+    """Optimizer steps of the whole stage."""
+    stage: str
+    """A row of the stage table, e.g. ``stage3_joint``."""
+    output_dir: Path
+    is_writer: bool
+    """True on exactly one rank of the whole job: the one that writes files and the console."""
+    config: RunConfig
+    model: Any
+    """The trained module, for hooks that look into it."""
+
+    def is_due(self, interval_steps: int) -> bool:
+        """Whether a record every `interval_steps` steps falls on this step; the first and last always do."""
+        return self.step % max(interval_steps, 1) == 0 or self.step in (1, self.total_steps)
+
+
+@dataclass(kw_only=True, slots=True)
+class StepRecord:
+    """One optimizer step; counts and losses are over all ranks."""
+
+    step: int
+    """1 for the first optimizer step of the stage."""
+    loss: float
+    """Mean cross-entropy over the supervised tokens of the global batch, in nats."""
+    loss_per_task: dict[str, float]
+    """The same over one task's tokens; tasks without samples in this step are left out."""
+    num_supervised_tokens: int
+    num_tokens: int
+    """Content tokens that went through the model, image features included, padding excluded."""
+    num_samples: int
+    learning_rates: dict[str, float]
+    """Parameter group -> learning rate used in this step; ``default`` and ``adapter``."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    step_time_s: float
+    tokens_per_s: float
+    """num_tokens / step_time_s."""
+
+
+class Hook:
+    """A side effect of training; every method does nothing unless overridden, and runs on every rank."""
+
+    def on_fit_start(self, state: TrainState) -> None:
+        """Before the first step, after a checkpoint was loaded."""
+
+    def on_step_end(self, state: TrainState, record: StepRecord) -> None:
+        """After each optimizer step; `state.step == record.step`."""
+
+    def on_checkpoint_saved(self, state: TrainState, path: Path) -> None:
+        """After a checkpoint is complete at `path`."""
+
+    def on_fit_end(self, state: TrainState) -> None:
+        """After the last step and its checkpoint."""
+
+    def on_error(self, state: TrainState, error: BaseException) -> None:
+        """When the run stops with an error, instead of `on_fit_end`; must not communicate with other ranks."""

@@ -1,0 +1,279 @@
+"""HealthGPT: frozen CLIP tower, one adapter per task, and a Megatron GPT whose linears carry two H-LoRA plugins.
+
+One model holds both tasks; a micro-batch carries its task, which picks vision depth, adapter and plugin.
+Shapes: b samples, s tokens (padded), n images, p image tokens, h hidden size, T tensor-parallel size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
+from megatron_hgpt.data.samples import IGNORE_INDEX, TASKS, MicroBatch, Task
+from megatron_hgpt.errors import DataError
+from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
+from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config
+from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.vision.adapter import VisionAdapter
+from megatron_hgpt.vision.clip import HVPTower
+
+logger = logging.getLogger(__name__)
+
+
+class Backbone(GPTModel):
+    """GPTModel whose head runs at supervised positions only and never sees padded vocabulary rows."""
+
+    def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.vocabulary = vocabulary
+        if self.post_process:
+            # The head's input is gathered and selected here, so the head itself works on whole tokens.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        labels: torch.Tensor | None = None,
+        inference_context: Any = None,
+        **__: Any,
+    ) -> torch.Tensor:
+        """Losses [number of supervised positions] with labels, logits [b, s or 1, V] without (in inference)."""
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        if labels is None:
+            if inference_context is not None and inference_context.materialize_only_last_token_logits:
+                hidden_states = hidden_states[-1:]
+            logits, _ = self.output_layer(hidden_states, runtime_gather_output=True)
+            return self.mask_padding(logits, first_row=0).transpose(0, 1)
+        # [s, b, h] -> [supervised, 1, h]: on a comprehension sample this skips most of the logits.
+        supervised = labels.T != IGNORE_INDEX
+        logits, _ = self.output_layer(hidden_states[supervised].unsqueeze(1))
+        rows = logits.shape[-1]
+        logits = self.mask_padding(logits.float(), first_row=self.pg_collection.tp.rank() * rows)
+        return vocab_parallel_cross_entropy(logits, labels.T[supervised].unsqueeze(1)).squeeze(1)
+
+    def mask_padding(self, logits: torch.Tensor, first_row: int) -> torch.Tensor:
+        """-inf at padded vocabulary rows: a zero row has logit 0, which would leak into every softmax."""
+        num_true = self.vocabulary.size - first_row
+        if num_true >= logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_true
+        return logits.masked_fill(padding, float("-inf"))
+
+
+class HealthGPT(MegatronModule):
+    """The whole model on one pipeline stage.
+
+    Args:
+        config: the run's configuration.
+        transformer: Megatron's configuration of the backbone.
+        shape: the backbone's sizes.
+        plugins: the H-LoRA plugins to hang on every linear.
+        device: where parameters live.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        transformer: TransformerConfig,
+        shape: BackboneShape,
+        plugins: dict[Task, HLoRAPluginConfig],
+        device: torch.device,
+    ) -> None:
+        super().__init__(config=transformer)
+        self.shape = shape
+        self.plugins = plugins
+        self.vocabulary = Vocabulary.from_config(config.model)
+        self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
+        self.tower.to(device=device, dtype=transformer.params_dtype)
+        self.adapters = nn.ModuleDict(
+            {
+                task.value: VisionAdapter(
+                    self.tower.hidden_size, shape.hidden_size, dtype=transformer.params_dtype, device=device
+                )
+                for task in (plugins or TASKS)
+            }
+        )
+        self.language_model = Backbone(
+            transformer,
+            hlora_block_spec(transformer, shape, plugins),
+            vocab_size=self.vocabulary.padded_size,
+            max_sequence_length=config.model.max_seq_length,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            scatter_embedding_sequence_parallel=False,
+            vocabulary=self.vocabulary,
+        )
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Hidden states from the previous pipeline stage (Megatron's schedules call this)."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def image_features(self, pixel_values: torch.Tensor, task: Task) -> torch.Tensor:
+        """Adapted features [n, p, h] of images [n, 3, height, width].
+
+        The frozen tower computes each image once: the images are split over the tensor-parallel ranks and the
+        features gathered. The adapter then runs on all of them, alike on every rank.
+        """
+        group = self.pg_tp
+        size, rank = group.size(), group.rank()
+        pixel_values = pixel_values.to(self.config.params_dtype)
+        if size == 1:
+            features = self.tower(pixel_values, task)
+        else:
+            num_images = pixel_values.shape[0]
+            per_rank = -(-num_images // size)
+            padded = torch.cat([pixel_values, pixel_values[:1].expand(per_rank * size - num_images, -1, -1, -1)])
+            mine = self.tower(padded[rank * per_rank : (rank + 1) * per_rank], task).contiguous()
+            gathered = mine.new_empty(per_rank * size, *mine.shape[1:])
+            torch.distributed.all_gather_into_tensor(gathered, mine, group=group)
+            features = gathered[:num_images]
+        return self.adapters[task.value](features)
+
+    @property
+    def pg_tp(self) -> torch.distributed.ProcessGroup:
+        """The tensor-parallel group."""
+        return self.language_model.pg_collection.tp
+
+    def embed(
+        self, tokens: torch.Tensor, position_ids: torch.Tensor, image_mask: torch.Tensor, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Word embeddings with image features spliced in: [s, b, h], or [s/T, b, h] under sequence parallelism."""
+        embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)  # [s, b, h]
+        if features is not None:
+            num_slots, num_features = int(image_mask.sum()), features.shape[0] * features.shape[1]
+            if num_slots != num_features:
+                raise DataError(f"{num_slots} image positions in the tokens but {num_features} image features")
+            by_sample = embedded.transpose(0, 1)
+            merged = by_sample.masked_scatter(image_mask.unsqueeze(-1), features.to(embedded.dtype))
+            embedded = merged.transpose(0, 1).contiguous()
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            # A recomputed block whose input needs no gradient never runs backward, and H-LoRA inside gets none.
+            embedded.requires_grad_()
+        if self.config.sequence_parallel:
+            embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded, group=self.pg_tp)
+        return embedded
+
+    def forward(self, batch: MicroBatch, inference_context: Any = None) -> torch.Tensor:
+        """Losses of the supervised positions [m] in fp32; with an inference context, last-token logits [b, 1, V]."""
+        features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
+        sequence_length = batch.tokens.shape[1]
+        decoder_input = self.embed(batch.tokens, batch.position_ids, batch.image_mask, features)
+        if inference_context is not None:
+            sequence_length = inference_context.max_sequence_length
+        return self.language_model(
+            input_ids=batch.tokens,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=None if inference_context is not None else batch.labels,
+            inference_context=inference_context,
+            packed_seq_params=TaskRouting.of(batch.task, sequence_length),
+            runtime_gather_output=True if inference_context is not None else None,
+        )
+
+
+def plugins_of(config: RunConfig, dropout: dict[Task, float | None] | None = None) -> dict[Task, HLoRAPluginConfig]:
+    """The configured plugins by task, with a stage's dropout in place of the plugin's own where it sets one."""
+    import dataclasses
+
+    plugins = {}
+    for task in TASKS:
+        plugin: HLoRAPluginConfig | None = getattr(config.model.hlora, task.value)
+        if plugin is None:
+            continue
+        override = (dropout or {}).get(task)
+        plugins[task] = plugin if override is None else dataclasses.replace(plugin, dropout=override)
+    return plugins
+
+
+def build_model(
+    config: RunConfig, device: torch.device, *, dropout: dict[Task, float | None] | None = None
+) -> HealthGPT:
+    """A HealthGPT with initialised (by name) and, where folders are given, loaded weights.
+
+    Args:
+        config: the run's configuration.
+        device: where parameters live.
+        dropout: H-LoRA dropout per task that overrides the plugins' own (a stage's choice).
+
+    Raises:
+        ConfigError: sizes that do not fit each other or the layout.
+        CheckpointError: a weight folder that does not fit the configuration.
+    """
+    from megatron_hgpt.convert.mapping import load_backbone
+    from megatron_hgpt.model.initialization import initialize_by_name
+
+    shape = read_backbone(config.model.hf_config)
+    transformer = transformer_config(shape, config.model, config.parallel, config.training)
+    model = HealthGPT(config, transformer, shape, plugins_of(config, dropout), device)
+    initialize_by_name(model, seed=config.training.seed, include_backbone=config.model.backbone is None)
+    if config.model.backbone is None:
+        logger.warning("model.backbone is not set: the language model starts from random weights")
+    else:
+        load_backbone(
+            model.language_model,
+            config.model.backbone,
+            shape,
+            model.vocabulary,
+            tp_rank=model.pg_tp.rank(),
+            tp_size=model.pg_tp.size(),
+        )
+    return model.to(device)
+
+
+def freeze_except(model: HealthGPT, trainable: Sequence[str]) -> list[str]:
+    """Set requires_grad by group BEFORE Megatron's DDP wraps the model, which collects parameters once.
+
+    Args:
+        model: the bare model.
+        trainable: groups of `megatron_hgpt.stages`; new_rows trains embedding and head through a row mask.
+
+    Returns:
+        Names of the trainable parameters.
+
+    Raises:
+        ConfigError: a group that matches no parameter on any rank would train nothing.
+    """
+    from megatron_hgpt.errors import ConfigError
+    from megatron_hgpt.stages import group_of
+
+    wanted = {"vocabulary" if group == "new_rows" else group for group in trainable}
+    names, found = [], set()
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        parameter.requires_grad_(group in wanted)
+        if group in wanted:
+            names.append(name)
+            found.add(group)
+    if wanted - found:
+        raise ConfigError(f"nothing to train in {sorted(wanted - found)}: the model has no such parameters")
+    if "new_rows" in trainable:
+        _train_new_rows_only(model)
+    return names
+
+
+def _train_new_rows_only(model: HealthGPT) -> None:
+    vocabulary, rank = model.vocabulary, model.pg_tp.rank()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("word_embeddings.weight" in name or "output_layer.weight" in name):
+            rows = torch.arange(parameter.shape[0], device=parameter.device) + rank * parameter.shape[0]
+            mask = ((rows >= vocabulary.text_size) & (rows < vocabulary.size)).unsqueeze(1)
+            parameter.register_hook(lambda grad, mask=mask: grad * mask)

@@ -1,0 +1,270 @@
+"""The training loop: steps, optimizer, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megatron_hgpt.checkpoint import Checkpointer
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
+from megatron_hgpt.distributed import DistributedContext
+from megatron_hgpt.errors import HealthGPTError
+from megatron_hgpt.forward_step import LossReport, forward_step
+from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.optim import build_optimizer, build_scheduler, learning_rates, mark_idle_groups
+from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
+
+logger = logging.getLogger(__name__)
+
+
+class GradientAudit:
+    """Asserts, at the first step of each task, that every trainable parameter of that task received a gradient.
+
+    LoRA that silently does not train is the field's most repeated failure: recomputation with frozen inputs, a wrong
+    freeze order, an adapter outside the graph. It costs nothing after the tasks were seen once.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._waiting: dict[str, Task | None] = {}
+        self._seen: set[str] = set()
+        self._handles = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._waiting[name] = GROUP_TASK.get(group_of(name))
+                self._handles.append(parameter.register_hook(lambda _grad, name=name: self._seen.add(name)))
+
+    def check(self, tasks: set[Task]) -> None:
+        """Check the parameters of the tasks that this rank's micro-batches had.
+
+        Raises:
+            HealthGPTError: names parameters that train but got no gradient.
+        """
+        if not self._waiting:
+            return
+        due = [name for name, task in self._waiting.items() if task is None or task in tasks]
+        missing = [name for name in due if name not in self._seen]
+        if missing:
+            raise HealthGPTError(
+                f"{len(missing)} trainable parameters received no gradient in their first step, e.g. {missing[:3]}: "
+                "they would silently never train. Check recomputation, the stage's groups and the model's wiring."
+            )
+        for name in due:
+            del self._waiting[name]
+        if not self._waiting:
+            for handle in self._handles:
+                handle.remove()
+
+
+class Trainer:
+    """Trains one stage.
+
+    Args:
+        config: the run.
+        stage: the resolved row of the stage table.
+        context: this process's place in the layout.
+        model: the bare model, already frozen except for the stage's groups.
+        loader: yields this rank's micro-batches per step (`data.loader.TrainLoader`).
+        total_steps: optimizer steps of the stage.
+        checkpointer: saves and restores.
+        hooks: side effects.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        stage: Stage,
+        context: DistributedContext,
+        model: Any,
+        loader: Any,
+        total_steps: int,
+        checkpointer: Checkpointer,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        self.config, self.stage, self.context = config, stage, context
+        self.model, self.loader, self.total_steps = model, loader, total_steps
+        self.checkpointer, self.hooks = checkpointer, list(hooks)
+        self.step = 0
+        self._stop_requested = False
+        self.audit = GradientAudit(model)
+        transformer = model.config
+        self.ddp = DistributedDataParallel(
+            transformer,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                # Idle plugins report no gradient, which the overlapped reduction asserts against; adapter traffic is small.
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+                check_for_nan_in_grad=True,
+            ),
+            model,
+        )
+        self.optimizer = build_optimizer(config, stage, [self.ddp])
+        self.scheduler = build_scheduler(config, stage, self.optimizer, total_steps)
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.no_sync_func = self.ddp.no_sync
+        transformer.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def state(self) -> TrainState:
+        """What hooks are told."""
+        return TrainState(
+            step=self.step,
+            total_steps=self.total_steps,
+            stage=self.config.training.stage,
+            output_dir=Path(self.config.output_dir),
+            is_writer=self.context.is_writer,
+            config=self.config,
+            model=self.model,
+        )
+
+    def fit(self) -> None:
+        """Train from the current step (0, or a restored one) to the last; saves, and calls the hooks."""
+        previous = self._listen_for_termination()
+        try:
+            self._restore()
+            for hook in self.hooks:
+                hook.on_fit_start(self.state)
+            while self.step < self.total_steps:
+                record = self.train_step()
+                for hook in self.hooks:
+                    hook.on_step_end(self.state, record)
+                stop = self._agree_to_stop()
+                due = self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
+                if due or stop or self.step == self.total_steps:
+                    self._save()
+                if stop:
+                    logger.warning("stopped by a signal after step %d; start again to resume", self.step)
+                    break
+            for hook in self.hooks:
+                hook.on_fit_end(self.state)
+        except BaseException as error:
+            # Peers may sit in a collective that this rank will never join: no communication from here on.
+            for hook in self.hooks:
+                hook.on_error(self.state, error)
+            raise
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    def train_step(self) -> StepRecord:
+        """One optimizer step over the global batch."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        started = time.perf_counter()
+        batches: list[MicroBatch] = self.loader.next_step()
+        self.model.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports: list[LossReport] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=self.config.model.max_seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=False,
+        )
+        self.audit.check({batch.task for batch in batches})
+        totals = self._reduce(reports)
+        mark_idle_groups(self.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
+        self.scheduler.step(1)
+        rates = learning_rates(self.optimizer)
+        _, grad_norm, _ = self.optimizer.step()
+        if grad_norm is None:
+            grad_norm = self.optimizer.get_grad_norm()
+        self.step += 1
+        return self._record(totals, rates, float(grad_norm), time.perf_counter() - started)
+
+    def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
+        """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples."""
+        from megatron.core import parallel_state
+
+        rows = []
+        for task in TASKS:
+            mine = [report for report in reports if report["task"] is task]
+            rows.append(
+                [
+                    float(sum(float(report["loss_sum"]) for report in mine)),
+                    float(sum(report["num_supervised_tokens"] for report in mine)),
+                    float(sum(report["num_tokens"] for report in mine)),
+                    float(sum(report["num_samples"] for report in mine)),
+                ]
+            )
+        sums = torch.tensor(rows, dtype=torch.float64, device=self.context.device)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        names = ("loss", "tokens", "content_tokens", "samples")
+        return {task.value: dict(zip(names, sums[i].tolist(), strict=True)) for i, task in enumerate(TASKS)}
+
+    def _record(
+        self, totals: dict[str, dict[str, float]], rates: dict[str, float], grad_norm: float, seconds: float
+    ) -> StepRecord:
+        def total(name: str) -> float:
+            return sum(row[name] for row in totals.values())
+
+        return StepRecord(
+            step=self.step,
+            loss=total("loss") / max(total("tokens"), 1.0),
+            loss_per_task={task: row["loss"] / row["tokens"] for task, row in totals.items() if row["tokens"] > 0},
+            num_supervised_tokens=int(total("tokens")),
+            num_tokens=int(total("content_tokens")),
+            num_samples=int(total("samples")),
+            learning_rates=rates,
+            grad_norm=grad_norm,
+            step_time_s=seconds,
+            tokens_per_s=total("content_tokens") / seconds,
+        )
+
+    def _restore(self) -> None:
+        restored = self.checkpointer.restore_latest(self.model, self.optimizer) if self.config.checkpoint.resume else None
+        if restored is None:
+            return
+        self.step = restored.step
+        self.loader.load_state_dict(restored.loader_state)
+        self.scheduler.num_steps = restored.step
+        self.scheduler.step(0)
+        logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
+
+    def _save(self) -> None:
+        path = self.checkpointer.save(
+            self.model, self.optimizer, step=self.step, loader_state=self.loader.state_dict()
+        )
+        for hook in self.hooks:
+            hook.on_checkpoint_saved(self.state, path)
+
+    def _listen_for_termination(self) -> dict[int, Any]:
+        """Finish the step and save on SIGTERM and SIGINT (Slurm, Ctrl-C); a second signal ends the process at once."""
+
+        def request_stop(signum: int, _frame: FrameType | None) -> None:
+            self._stop_requested = True
+            signal.signal(signum, signal.SIG_DFL)
+
+        previous: dict[int, Callable | int | None] = {}
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            try:
+                previous[signum] = signal.signal(signum, request_stop)
+            except ValueError:  # not the main thread: the embedding program keeps its own handlers
+                break
+        return previous
+
+    def _agree_to_stop(self) -> bool:
+        """True on every rank when any rank was asked to stop: a checkpoint needs all of them."""
+        if self.context.world_size == 1:
+            return self._stop_requested
+        flag = torch.tensor([int(self._stop_requested)], device=self.context.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
