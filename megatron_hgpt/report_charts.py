@@ -125,4 +125,4 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _number(value: float) -> str:
     if value == 0 or 1e-2 <= abs(value) < 1e5:
         return f"{value:.6g}"
-    return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1)
+    return np.format_float_scientific(float(f"{value:.4g}"), trim="-", exp_digits=1)

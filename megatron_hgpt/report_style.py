@@ -25,7 +25,8 @@ nav a { text-decoration:none; font-weight:600; font-size:.93rem; } nav a:hover {
   padding:0; list-style:none; }
 .cards li { border:1px solid var(--line); border-top:3px solid var(--accent); border-radius:8px; padding:12px 14px; }
 .cards b { display:block; font-size:1.6rem; line-height:1.2; font-variant-numeric:tabular-nums; letter-spacing:-.02em; }
-.cards span { display:block; font-size:.86rem; font-weight:600; } .cards small { display:block; margin-top:2px; color:var(--soft); font-size:.8rem; line-height:1.35; }
+.cards span { display:block; font-size:.86rem; font-weight:600; }
+.cards small { display:block; margin-top:2px; color:var(--soft); font-size:.8rem; line-height:1.35; }
 .grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr)); gap:14px; }
 figure { margin:0; } .chart, .qa li, .drawing, .table { background:var(--card); border:1px solid var(--line);
   border-radius:8px; }
@@ -38,7 +39,8 @@ figure { margin:0; } .chart, .qa li, .drawing, .table { background:var(--card); 
 polyline { fill:none; stroke:var(--stroke); stroke-width:2; stroke-linejoin:round; }
 polyline.generation { stroke-dasharray:6 2.5; } polyline.raw { stroke-width:1; opacity:.28; stroke-dasharray:none; }
 .gridline { stroke:var(--line); } .tick { fill:var(--soft); font-size:13px; }
-.table { overflow-x:auto; } .table + p { margin-top:10px; } td { white-space:nowrap; } table { border-collapse:collapse; width:100%; font-size:.92rem; }
+.table { overflow-x:auto; } .table + p { margin-top:10px; } td { white-space:nowrap; }
+table { border-collapse:collapse; width:100%; font-size:.92rem; }
 th, td { padding:9px 14px; text-align:right; font-variant-numeric:tabular-nums; border-top:1px solid var(--line); }
 th:first-child, td:first-child { text-align:left; } tbody th { font-weight:600; }
 thead th { border-top:0; color:var(--soft); font-size:.82rem; font-weight:600; vertical-align:bottom; }
@@ -54,7 +56,7 @@ dt { color:var(--soft); } dd { margin:0; overflow-wrap:anywhere; } .qa dd { min-
 .mark { display:inline-block; margin-top:6px; padding:0 8px; border-radius:99px; font-size:.76rem; font-weight:700;
   color:var(--good); background:var(--good-bg); } .wrong .mark { color:var(--bad); background:var(--bad-bg); }
 .drawing { padding:12px; } .drawing > figcaption { font-size:.9rem; margin-bottom:8px; overflow-wrap:anywhere; }
-.drawing > figcaption span { font-size:.8rem; }
+.drawing > figcaption span { font-size:.8rem; white-space:nowrap; }
 .four { display:grid; grid-template-columns:repeat(4,1fr); gap:8px; }
 .four img, .four .none { width:100%; aspect-ratio:1; object-fit:contain; border-radius:4px; background:#000;
   display:block; image-rendering:pixelated; }

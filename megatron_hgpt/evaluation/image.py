@@ -2,8 +2,8 @@
 
 SSIM is that of Wang et al. (2004): 11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03, range 255, without the
 5-pixel border, averaged over pixels and channels. PSNR is 10 log10(255^2 / MSE) in dB. Identical images have an
-infinite PSNR; it is capped at 100 dB so that means and JSON stay finite (an MSE of 1e-5, far below one grey level in
-one pixel of any image this system draws). LPIPS is not computed: it needs the weights of a pretrained network.
+infinite PSNR; it is capped at 100 dB so that means and JSON stay finite (an MSE of 6.5e-6: about one grey level in
+one channel of one pixel at 256 x 256). LPIPS is not computed: it needs the weights of a pretrained network.
 """
 
 from __future__ import annotations

@@ -12,11 +12,10 @@ One Triton kernel each way on a GPU (`gate_triton`), plain torch elsewhere. Both
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from megatron_hgpt.hlora import gate_triton
 
 
 def _gate_of(z: torch.Tensor, lora_rank: int) -> torch.Tensor:
@@ -50,19 +49,26 @@ def gate_backward(
     return torch.cat([(scaled * gate.unsqueeze(-1)).flatten(-2), dlogits], dim=-1).to(z.dtype)
 
 
+def _kernels(z: torch.Tensor) -> tuple[Callable, Callable]:
+    """Forward and backward for z's device."""
+    if not z.is_cuda:
+        return gate_forward, gate_backward
+    from megatron_hgpt.hlora import gate_triton
+
+    return gate_triton.gate_forward, gate_triton.gate_backward
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, lora_rank: int, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
         ctx.lora_rank, ctx.scale = lora_rank, scale
         ctx.save_for_backward(z, mask)
-        run = gate_triton.gate_forward if z.is_cuda else gate_forward
-        return run(z, lora_rank, scale, mask)
+        return _kernels(z)[0](z, lora_rank, scale, mask)
 
     @staticmethod
     def backward(ctx: Any, du: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         z, mask = ctx.saved_tensors
-        run = gate_triton.gate_backward if z.is_cuda else gate_backward
-        return run(du, z, ctx.lora_rank, ctx.scale, mask), None, None, None
+        return _kernels(z)[1](du, z, ctx.lora_rank, ctx.scale, mask), None, None, None
 
 
 def gate(z: torch.Tensor, lora_rank: int, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -153,11 +153,16 @@ class HealthGPT(MegatronModule):
         return self.language_model.pg_collection.tp
 
     def embed(
-        self, tokens: torch.Tensor, position_ids: torch.Tensor, image_mask: torch.Tensor, features: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor,
+        image_mask: torch.Tensor | None,
+        features: torch.Tensor | None,
+
     ) -> torch.Tensor:
         """Word embeddings with image features spliced in: [s, b, h], or [s/T, b, h] under sequence parallelism."""
         embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)  # [s, b, h]
-        if features is not None:
+        if features is not None and image_mask is not None:
             num_slots, num_features = int(image_mask.sum()), features.shape[0] * features.shape[1]
             if num_slots != num_features:
                 raise DataError(f"{num_slots} image positions in the tokens but {num_features} image features")
@@ -171,22 +176,52 @@ class HealthGPT(MegatronModule):
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded, group=self.pg_tp)
         return embedded
 
-    def forward(self, batch: MicroBatch, inference_context: Any = None) -> torch.Tensor:
-        """Losses of the supervised positions [m] in fp32; with an inference context, last-token logits [b, 1, V]."""
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Losses of the supervised positions [m], fp32, in (token, sample) order."""
         features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
-        sequence_length = batch.tokens.shape[1]
-        decoder_input = self.embed(batch.tokens, batch.position_ids, batch.image_mask, features)
-        if inference_context is not None:
-            sequence_length = inference_context.max_sequence_length
         return self.language_model(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
             attention_mask=None,
-            decoder_input=decoder_input,
-            labels=None if inference_context is not None else batch.labels,
-            inference_context=inference_context,
-            packed_seq_params=TaskRouting.of(batch.task, sequence_length),
-            runtime_gather_output=True if inference_context is not None else None,
+            decoder_input=self.embed(batch.tokens, batch.position_ids, batch.image_mask, features),
+            labels=batch.labels,
+            packed_seq_params=TaskRouting.of(batch.task, batch.tokens.shape[1]),
+        )
+
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        task: Task,
+        context: Any,
+        position: int,
+        *,
+        image_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One pass with a KV cache: the prompt first, then one token at a time.
+
+        Args:
+            tokens: [b, t] the tokens that are not yet in the cache.
+            task: of the whole batch.
+            context: megatron.core's StaticInferenceContext, advanced by the caller.
+            position: tokens already in the cache.
+            image_mask, pixel_values: as in `MicroBatch`, with the prompt only.
+
+        Returns:
+            [b, 1, V] logits of the last position, on every tensor-parallel rank; -inf at padded rows.
+        """
+        features = None
+        if pixel_values is not None and pixel_values.shape[0]:
+            features = self.image_features(pixel_values, task)
+        position_ids = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.language_model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=None,
+            decoder_input=self.embed(tokens, position_ids, image_mask, features),
+            inference_context=context,
+            packed_seq_params=TaskRouting.of(task, context.max_sequence_length),
+            runtime_gather_output=True,
         )
 
 

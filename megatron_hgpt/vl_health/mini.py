@@ -1,0 +1,319 @@
+"""Mini VL-Health: a few hundred real samples, built from pictures inside installed packages, in upstream's JSON schema.
+
+It is a demonstration and a test bed, not a benchmark. Answers state what a file's metadata or its package's documentation
+says (modality, plane, body part, sequence …), never a finding. Its held-out pictures come from the same few
+volumes and photographs as the training pictures, so they measure interpolation, not transfer to new patients.
+
+Folder written by `build_mini_vl_health`:
+
+    images/0007.png      pixels only; images/0007_x4.png is the same picture at a quarter of the size
+    train.json test.json records {"id", "image", "conversations", ...}; generation records add "task" and "target_image"
+    sources.json         the card: packages, licences, evidence, every picture's origin and split, statistics
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megatron_hgpt.data.samples import IMAGE_PLACEHOLDER
+from megatron_hgpt.errors import DataError
+from megatron_hgpt.files import write_atomic
+from megatron_hgpt.vl_health.mini_sources import Picture, all_pictures
+
+SPLITS = ("train", "test")
+CARD_NAME = "sources.json"
+HOLD_OUT_PERIOD, HOLD_OUT_OFFSET = 7, 3
+"""Picture i of a series is held out where i mod 7 is 3."""
+MIN_SLICE_GAP = 3
+"""Slices between two pictures of one volume and plane: a neighbour within 2 is never in the other split."""
+SUPER_RESOLUTION_FACTOR = 4
+
+SPLIT_RULE = (
+    f"By picture: in each series (slices of a volume in one plane, non-overlapping tiles), ordered by position, picture i "
+    f"is held out where i mod {HOLD_OUT_PERIOD} = {HOLD_OUT_OFFSET}, in series of more than that. Slices are taken at least "
+    f"{MIN_SLICE_GAP} apart (functional.nii: 8 mm apart), so no neighbour within 2 slices sits in the other split. Series "
+    "whose pictures share content (ultrasound frames, overlapping bone-scan views) are training only. The two pictures of "
+    "a conversion pair are in the same split. Volumes are few: other slices of the same volume, and perpendicular slices "
+    "that cross it, are in both splits."
+)
+CONVERSION_NOTE = (
+    "anatomical.nii and functional.nii are both normalised by SPM to one template and their affines put slices 8, 12, 16 and "
+    "0, 1, 2 at the same 0, 8, 16 mm; the headers do not say whether the subject is the same. CT-MRI pairs do not exist "
+    "in these packages, so none are made. No pydicom MR files show one slice in two sequences."
+)
+_CONVERSION_PAIRS = (
+    (("anatomical/axial", 8), ("functional/axial", 0)),
+    (("anatomical/axial", 12), ("functional/axial", 1)),
+    (("anatomical/axial", 16), ("functional/axial", 2)),
+)
+
+# attribute -> (open questions, closed questions)
+_QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "modality": (
+        (
+            "What imaging modality is shown?",
+            "Which modality was used to acquire this image?",
+            "What type of medical image is this?",
+        ),
+        ("Was this image acquired with {}?", "Is {} the modality of this image?"),
+    ),
+    "plane": (
+        ("In which plane was this slice taken?", "What is the orientation of this slice?", "Which plane is shown?"),
+        ("Is this slice in the {} plane?", "Is the orientation of this slice {}?"),
+    ),
+    "body_part": (
+        ("Which body part or object does the image show?", "What is shown in this image?"),
+        ("Does this image show {}?", "Is {} shown in this image?"),
+    ),
+    "sequence": (
+        ("Which MRI sequence was used?", "What is the pulse sequence of this MRI?"),
+        ("Was a {} sequence used for this MRI?",),
+    ),
+    "purpose": (
+        ("Is this an anatomical or a functional MRI?", "Which kind of MRI is this, anatomical or functional?"),
+        ("Is this MRI {}?",),
+    ),
+    "application": (
+        ("For which application was this ultrasound image acquired?",),
+        ("Is {} the application of this ultrasound image?",),
+    ),
+    "stain": (("How was this tissue stained?",), ()),
+    "study": (("Which nuclear medicine study is this?",), ()),
+}
+_ARTICLES = {"brain": "the", "head": "the", "abdomen": "the", "whole body": "the", "retina": "the", "colon": "the",
+             "single cell": "a", "phantom": "a"}  # fmt: skip
+_OVERLAPPING = frozenset({"brain", "head"})
+"""Values that may both be true of one picture: never a wrong answer for each other."""
+
+_PROMPTS = {
+    "reconstruction": ("Reconstruct the image.", "Please reconstruct this image."),
+    "super_resolution": ("Increase the resolution of this image by a factor of four.", "Enhance the resolution of this image."),
+    "anatomical_to_functional": ("Convert this anatomical MRI slice to functional MRI.",),
+    "functional_to_anatomical": ("Convert this functional MRI slice to anatomical MRI.",),
+}  # fmt: skip
+
+
+def build_mini_vl_health(folder: Path, *, seed: int = 0, num_super_resolution: int = 40) -> dict[str, Any]:
+    """Write the dataset; the same package versions and seed give the same bytes.
+
+    Args:
+        folder: where to write; the card is written last, so a folder with a card is complete.
+        seed: chooses phrasings and wrong answers.
+        num_super_resolution: upper limit of super-resolution records in training.
+
+    Returns:
+        The statistics of the card.
+
+    Raises:
+        DataError: a package is missing, or the splits are not disjoint.
+    """
+    pictures = all_pictures()
+    splits = assign_splits(pictures)
+    check_splits(pictures, splits)
+    names = [f"images/{index:04d}.png" for index in range(len(pictures))]
+    for picture, name in zip(pictures, names, strict=True):
+        write_atomic(folder / name, _png(picture.image))
+    records: dict[str, list[dict[str, Any]]] = {}
+    for split in SPLITS:
+        members = [index for index in range(len(pictures)) if splits[index] == split]
+        limit = num_super_resolution if split == "train" else len(members)
+        questions = _questions(pictures, members, names, random.Random(f"{seed}/{split}"))
+        images = _generation(folder, pictures, members, names, limit)
+        records[split] = _with_ids(split, questions + images)
+        write_atomic(folder / f"{split}.json", json.dumps(records[split], indent=1) + "\n")
+    statistics = _statistics(pictures, splits, records)
+    write_atomic(folder / CARD_NAME, json.dumps(_card(pictures, splits, names, statistics, seed), indent=1) + "\n")
+    return statistics
+
+
+def assign_splits(pictures: list[Picture]) -> list[str]:
+    """The split of each picture, by `SPLIT_RULE`."""
+    series: dict[str, list[int]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        series[picture.series].append(index)
+    splits = ["train"] * len(pictures)
+    for members in series.values():
+        members.sort(key=lambda index: pictures[index].position)
+        for order, index in enumerate(members):
+            if order % HOLD_OUT_PERIOD == HOLD_OUT_OFFSET and pictures[index].may_be_held_out:
+                splits[index] = "test"
+    by_place = {(picture.series, picture.position): index for index, picture in enumerate(pictures)}
+    for source, target in _CONVERSION_PAIRS:
+        splits[by_place[target]] = splits[by_place[source]]
+    return splits
+
+
+def check_splits(pictures: list[Picture], splits: list[str]) -> None:
+    """Raise where a held-out slice has a training neighbour closer than `MIN_SLICE_GAP`, or the same pixels.
+
+    Raises:
+        DataError: naming the two pictures.
+    """
+    seen: dict[bytes, int] = {}
+    for index, picture in enumerate(pictures):
+        pixels = picture.image.tobytes()
+        other = seen.setdefault(pixels, index)
+        if splits[other] != splits[index]:
+            raise DataError(f"pictures {other} and {index} are equal and in different splits")
+        if picture.facts.get("plane") is None or "slice" not in picture.region or picture.series == "functional/axial":
+            continue  # tiles do not overlap; functional.nii's slices are 8 mm apart
+        for other in range(index):
+            gap = abs(pictures[other].position - picture.position)
+            if pictures[other].series == picture.series and gap < MIN_SLICE_GAP and splits[other] != splits[index]:
+                raise DataError(f"{picture.series}: slices {pictures[other].position} and {picture.position} are split")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, format="PNG")  # pixels only
+    return buffer.getvalue()
+
+
+def _phrase(attribute: str, value: str) -> str:
+    return f"{_ARTICLES[value]} {value}" if attribute == "body_part" else value
+
+
+def _questions(
+    pictures: list[Picture], members: list[int], names: list[str], rng: random.Random
+) -> list[dict[str, Any]]:
+    """An open question per picture, its attribute rotating; a closed one for every second, yes and no in turn."""
+    turns: Counter[tuple[str, ...]] = Counter()
+    affirm: dict[str, bool] = defaultdict(lambda: True)
+    records = []
+    for index in members:
+        facts = pictures[index].facts
+        kind = tuple(facts.items())
+        attributes = list(facts)
+        turn = turns[str(kind),]
+        turns[str(kind),] += 1
+        attribute = attributes[turn % len(attributes)]
+        question = rng.choice(_QUESTIONS[attribute][0])
+        records.append(_conversation(names[index], question, facts[attribute], answer_type="open"))
+        closable = [name for name in attributes if _wrong_values(pictures, members, name, facts[name])]
+        if turn % 2 or not closable:
+            continue
+        attribute = closable[(turn // 2) % len(closable)]
+        truth = affirm[attribute]
+        affirm[attribute] = not truth
+        value = facts[attribute] if truth else rng.choice(_wrong_values(pictures, members, attribute, facts[attribute]))
+        question = rng.choice(_QUESTIONS[attribute][1]).format(_phrase(attribute, value))
+        records.append(_conversation(names[index], question, "yes" if truth else "no", answer_type="closed"))
+    return records
+
+
+def _wrong_values(pictures: list[Picture], members: list[int], attribute: str, value: str) -> list[str]:
+    """True values of the other pictures, each as often as it occurs; empty where no closed question can be asked."""
+    if not _QUESTIONS[attribute][1]:
+        return []
+    values = (pictures[index].facts.get(attribute) for index in members)
+    return [
+        other for other in values if other is not None and other != value and not {other, value} <= _OVERLAPPING
+    ]
+
+
+def _conversation(image: str, prompt: str, answer: str, **fields: str) -> dict[str, Any]:
+    return {
+        "image": image,
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
+            {"from": "gpt", "value": answer},
+        ],
+        **fields,
+    }
+
+
+def _generation(
+    folder: Path, pictures: list[Picture], members: list[int], names: list[str], num_super_resolution: int
+) -> list[dict[str, Any]]:
+    """Reconstruction of three pictures in four, super-resolution of those with native detail, conversion pairs."""
+    records = []
+
+    def add(kind: str, image: str, target: str, turn: int) -> None:
+        prompt = _PROMPTS[kind][turn % len(_PROMPTS[kind])]
+        records.append(_conversation(image, prompt, "", task="generation", target_image=target, kind=kind))
+
+    for turn, index in enumerate(members):
+        if turn % 4 != 3:
+            add("reconstruction", names[index], names[index], turn // 4)
+    detailed = [index for index in members if pictures[index].native and min(pictures[index].image.size) >= 64]
+    keep = min(num_super_resolution, len(detailed))
+    for turn in range(keep):
+        index = detailed[turn * len(detailed) // keep]
+        image = pictures[index].image
+        small = image.resize(
+            (round(image.width / SUPER_RESOLUTION_FACTOR), round(image.height / SUPER_RESOLUTION_FACTOR)),
+            Image.Resampling.BICUBIC,
+        )
+        small_name = names[index].replace(".png", f"_x{SUPER_RESOLUTION_FACTOR}.png")
+        write_atomic(folder / small_name, _png(small))
+        add("super_resolution", small_name, names[index], turn)
+    by_place = {(pictures[index].series, pictures[index].position): index for index in members}
+    for source, target in _CONVERSION_PAIRS:
+        if source in by_place:
+            anatomical, functional = names[by_place[source]], names[by_place[target]]
+            add("anatomical_to_functional", anatomical, functional, 0)
+            add("functional_to_anatomical", functional, anatomical, 0)
+    return records
+
+
+def _with_ids(split: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"id": f"mini-{split}-{number:04d}", **record} for number, record in enumerate(records)]
+
+
+def _statistics(
+    pictures: list[Picture], splits: list[str], records: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    statistics: dict[str, Any] = {}
+    for split in SPLITS:
+        answers = Counter(r["conversations"][1]["value"] for r in records[split] if "answer_type" in r)
+        statistics[split] = {
+            "pictures": splits.count(split),
+            "records": len(records[split]),
+            "comprehension": dict(sorted(Counter(r["answer_type"] for r in records[split] if "answer_type" in r).items())),
+            "generation": dict(sorted(Counter(r["kind"] for r in records[split] if "kind" in r).items())),
+            "answers": dict(sorted(answers.items())),
+            "modality": dict(sorted(Counter(
+                picture.facts.get("modality", "not stated") for picture, s in zip(pictures, splits, strict=True) if s == split
+            ).items())),
+        }  # fmt: skip
+    return statistics
+
+
+def _card(
+    pictures: list[Picture], splits: list[str], names: list[str], statistics: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    sources = {picture.source.file: asdict(picture.source) for picture in pictures}
+    packages = {"pydicom": "pydicom", "nibabel": "nibabel", "skimage": "scikit-image"}
+    return {
+        "name": "mini VL-Health",
+        "seed": seed,
+        "package_versions": {dist: importlib.metadata.version(dist) for dist in packages.values()},
+        "sources": list(sources.values()),
+        "split_rule": SPLIT_RULE,
+        "conversion": CONVERSION_NOTE,
+        "statistics": statistics,
+        "pictures": [
+            {
+                "image": name,
+                "split": split,
+                "package": picture.source.package,
+                "file": picture.source.file,
+                "series": picture.series,
+                "position": picture.position,
+                "region": picture.region,
+                "facts": picture.facts,
+                "enlarged": not picture.native,
+                "size": list(picture.image.size),
+            }
+            for picture, name, split in zip(pictures, names, splits, strict=True)
+        ],
+    }

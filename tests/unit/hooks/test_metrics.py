@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+
+from megatron_hgpt.errors import DataError
+from megatron_hgpt.hooks.metrics import MetricsHook, read_metrics, summarise_stage
+
+
+def test_a_record_holds_the_documented_fields(make_state, run_steps, tmp_path) -> None:
+    run_steps([MetricsHook()], make_state(), last=4)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    elapsed = records[1].pop("elapsed_s")
+    assert 0 <= elapsed <= records[3]["elapsed_s"]
+    assert records[1] == {
+        "step": 2,
+        "stage": "stage2",
+        "loss": 2.0,
+        "loss_comprehension": 1.5,
+        "loss_generation": 2.5,
+        "lr": 1e-3,
+        "adapter_lr": 1e-4,
+        "grad_norm": 0.5,
+        "tokens_per_s": 2000.0,
+        "num_supervised_tokens": 60,
+        "num_tokens": 200,
+        "num_samples": 2,
+        "step_time_s": 0.1,
+    }
+
+
+def test_summary_file_and_line(make_state, run_steps, tmp_path, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="megatron_hgpt"):
+        run_steps([MetricsHook()], make_state(), last=4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.pop("wall_s") >= 0
+    assert summary == {"stage": "stage2", "steps": 4, "first_loss": 4.0, "last_loss": 1.0, "tokens_per_s": 2000.0}
+    assert "stage2: 4 steps, loss 4.0000 -> 1.0000" in caplog.text
+
+
+def test_throughput_weighs_steps_by_their_time() -> None:
+    records = [
+        {"loss": 2.0, "num_tokens": 100, "step_time_s": 1.0},
+        {"loss": 1.0, "num_tokens": 300, "step_time_s": 3.0},
+        {"loss": 1.0, "num_tokens": 400, "step_time_s": 1.0},
+    ]
+    assert summarise_stage("stage2", records, num_steps=3, wall_s=9.0)["tokens_per_s"] == 160.0  # 800 tokens in 5 s
+
+
+def test_interval_keeps_first_and_last(make_state, run_steps, tmp_path) -> None:
+    run_steps([MetricsHook(interval_steps=3)], make_state(total_steps=7), last=7)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3, 6, 7]
+
+
+def test_resume_after_a_kill_has_every_step_once(make_state, run_steps, tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run_steps([MetricsHook()], make_state(), last=3, finish=False, loss=9.0)
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    lines = path.read_text().splitlines()[:2]
+    # Steps 1 and 2 are behind the checkpoint; 3 and the half-written 4 run again.
+    lines[1] = json.dumps(json.loads(lines[1]) | {"elapsed_s": 1000.0})
+    path.write_text("\n".join([*lines, *path.read_text().splitlines()[2:]]))
+    run_steps([MetricsHook()], make_state(step=2), last=4)
+    records = read_metrics(path)
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 9.0), (2, 9.0), (3, 4 / 3), (4, 1.0)]
+    assert records[2]["elapsed_s"] >= 1000.0, "time counts on from the checkpoint"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["first_loss"], summary["last_loss"]) == (9.0, 1.0)
+    assert summary["wall_s"] >= 1000.0
+
+
+def test_a_fresh_start_drops_an_earlier_run(make_state, run_steps, tmp_path) -> None:
+    run_steps([MetricsHook()], make_state(), last=4)
+    run_steps([MetricsHook()], make_state(), last=1, finish=False, loss=7.0)
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 7.0)]
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stays_valid_json(make_state, run_steps, tmp_path, caplog) -> None:
+    run_steps([MetricsHook()], make_state(), last=4, loss=math.nan)
+    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] is None
+    assert "step 1: the loss is nan" in caplog.text
+    assert json.loads((tmp_path / "summary.json").read_text())["last_loss"] is None
+
+
+def test_only_the_writer_writes(make_state, run_steps, tmp_path) -> None:
+    run_steps([MetricsHook()], make_state(is_writer=False), last=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_are_named(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be read"):
+        read_metrics(path)
+    for damaged in ("nonsense", "{}", "[1]", '{"step": "1"}'):
+        path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+        with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
+            read_metrics(path)
