@@ -12,69 +12,21 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.data.samples import IGNORE_INDEX, TASKS, MicroBatch, Task
+from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config
+from megatron_hgpt.model.language_model import Backbone
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.vision.adapter import VisionAdapter
 from megatron_hgpt.vision.clip import HVPTower
 
 logger = logging.getLogger(__name__)
-
-
-class Backbone(GPTModel):
-    """GPTModel whose head runs at supervised positions only and never sees padded vocabulary rows."""
-
-    def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.vocabulary = vocabulary
-        if self.post_process:
-            # The head's input is gathered and selected here, so the head itself works on whole tokens.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
-
-    def _postprocess(
-        self,
-        hidden_states: torch.Tensor,
-        *_: Any,
-        labels: torch.Tensor | None = None,
-        inference_context: Any = None,
-        **__: Any,
-    ) -> torch.Tensor:
-        """Losses [number of supervised positions] with labels, logits [b, s or 1, V] without (in inference)."""
-        if not self.post_process:
-            return hidden_states
-        if self.config.sequence_parallel:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        if labels is None:
-            if inference_context is not None and inference_context.materialize_only_last_token_logits:
-                hidden_states = hidden_states[-1:]
-            logits, _ = self.output_layer(hidden_states, runtime_gather_output=True)
-            return self.mask_padding(logits, first_row=0).transpose(0, 1)
-        # [s, b, h] -> [supervised, 1, h]: on a comprehension sample this skips most of the logits.
-        supervised = labels.T != IGNORE_INDEX
-        logits, _ = self.output_layer(hidden_states[supervised].unsqueeze(1))
-        rows = logits.shape[-1]
-        logits = self.mask_padding(logits.float(), first_row=self.pg_collection.tp.rank() * rows)
-        return vocab_parallel_cross_entropy(logits, labels.T[supervised].unsqueeze(1)).squeeze(1)
-
-    def mask_padding(self, logits: torch.Tensor, first_row: int) -> torch.Tensor:
-        """-inf at padded vocabulary rows: a zero row has logit 0, which would leak into every softmax."""
-        num_true = self.vocabulary.size - first_row
-        if num_true >= logits.shape[-1]:
-            return logits
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= num_true
-        return logits.masked_fill(padding, float("-inf"))
 
 
 class HealthGPT(MegatronModule):

@@ -215,9 +215,7 @@ def _wrong_values(pictures: list[Picture], members: list[int], attribute: str, v
     if not _QUESTIONS[attribute][1]:
         return []
     values = (pictures[index].facts.get(attribute) for index in members)
-    return [
-        other for other in values if other is not None and other != value and not {other, value} <= _OVERLAPPING
-    ]
+    return [other for other in values if other is not None and other != value and not {other, value} <= _OVERLAPPING]
 
 
 def _conversation(image: str, prompt: str, answer: str, **fields: str) -> dict[str, Any]:
@@ -269,9 +267,7 @@ def _with_ids(split: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     return [{"id": f"mini-{split}-{number:04d}", **record} for number, record in enumerate(records)]
 
 
-def _statistics(
-    pictures: list[Picture], splits: list[str], records: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def _statistics(pictures: list[Picture], splits: list[str], records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     statistics: dict[str, Any] = {}
     for split in SPLITS:
         answers = Counter(r["conversations"][1]["value"] for r in records[split] if "answer_type" in r)

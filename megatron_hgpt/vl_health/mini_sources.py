@@ -396,9 +396,7 @@ def volume_pictures() -> list[Picture]:
 
 
 def _skimage_source(file: str, licence: str, description: str, evidence: str) -> Source:
-    return Source(
-        package="skimage", file=f"data/{file}", licence=licence, description=description, evidence=evidence
-    )
+    return Source(package="skimage", file=f"data/{file}", licence=licence, description=description, evidence=evidence)
 
 
 def photograph_pictures() -> list[Picture]:

@@ -1,0 +1,205 @@
+"""The frozen language model: a Hugging Face config read strictly, and turned into Megatron's TransformerConfig.
+
+Sizes are always read, never guessed from a model's name; a value that this code does not reproduce exactly is refused
+by name, so that a checkpoint never runs as a slightly different model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_hgpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+_FAMILIES = {"Phi3ForCausalLM": "phi3", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneShape:
+    """What fixes the architecture of a decoder."""
+
+    family: str
+    """phi3, llama or qwen2."""
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_eps: float
+    qkv_bias: bool
+    tied: bool
+    """The checkpoint has one matrix for embedding and head; on import the head becomes a copy."""
+    max_positions: int
+    sliding_window: int | None
+    """Tokens a position attends to, itself included; None attends to all before it."""
+
+    @property
+    def fused_qkv(self) -> bool:
+        """q,k,v (and gate,up) are one linear in the HF model, so one H-LoRA pair A, R serves them (Phi)."""
+        return self.family == "phi3"
+
+
+def _refuse(field: str, value: Any, supported: str) -> ConfigError:
+    return ConfigError(f"model.hf_config.{field}={value!r} is not supported; supported: {supported}")
+
+
+def _require(config: Mapping[str, Any], field: str) -> Any:
+    if config.get(field) is None:
+        raise ConfigError(
+            f"model.hf_config lacks {field!r}: give the content of the backbone's config.json, or a preset"
+        )
+    return config[field]
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """theta from `rope_parameters` (transformers 5) or `rope_theta` (4); scaled or partial rotary is refused."""
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if scaling and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
+        raise _refuse("rope_scaling", scaling, "none")
+    if kind != "default":
+        raise _refuse("rope_parameters.rope_type", kind, "default")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise _refuse("partial_rotary_factor", partial, "1.0")
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
+    """Read a Hugging Face config.json.
+
+    Args:
+        config: its content; `architectures` must name Phi3ForCausalLM, LlamaForCausalLM or Qwen2ForCausalLM.
+
+    Raises:
+        ConfigError: a missing field, or a value that would change the computation in a way not implemented here.
+    """
+    architectures = config.get("architectures") or ["(missing)"]
+    if architectures[0] not in _FAMILIES:
+        raise _refuse("architectures", architectures[0], ", ".join(_FAMILIES))
+    family = _FAMILIES[architectures[0]]
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise _refuse("hidden_act", config["hidden_act"], "silu")
+    for field in ("attention_bias", "mlp_bias"):
+        if config.get(field):
+            raise _refuse(field, config[field], "False (Qwen2's q, k, v bias is built in)")
+    num_heads, hidden_size = int(_require(config, "num_attention_heads")), int(_require(config, "hidden_size"))
+    sliding_window = config.get("sliding_window")
+    if family == "qwen2" and not config.get("use_sliding_window", False):
+        sliding_window = None
+    return BackboneShape(
+        family=family,
+        num_layers=int(_require(config, "num_hidden_layers")),
+        hidden_size=hidden_size,
+        ffn_size=int(_require(config, "intermediate_size")),
+        num_heads=num_heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        rope_theta=_rope_theta(config),
+        rms_eps=float(config.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6)),
+        qkv_bias=family == "qwen2",
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=int(_require(config, "max_position_embeddings")),
+        sliding_window=sliding_window,
+    )
+
+
+def legal_tensor_parallel_sizes(shape: BackboneShape) -> list[int]:
+    """Sizes that divide the heads, the KV heads (their replication is not implemented) and the FFN."""
+    sizes = range(1, shape.num_kv_heads + 1)
+    return [t for t in sizes if shape.num_heads % t == shape.num_kv_heads % t == shape.ffn_size % t == 0]
+
+
+def check_tensor_parallel(shape: BackboneShape, size: int) -> None:
+    """Raises ConfigError when `size` cannot shard the backbone, naming the sizes that can."""
+    legal = legal_tensor_parallel_sizes(shape)
+    if size not in legal:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={size} cannot shard {shape.num_heads} attention heads with "
+            f"{shape.num_kv_heads} KV heads and FFN {shape.ffn_size}; use {', '.join(map(str, legal))}"
+        )
+
+
+def transformer_config(
+    shape: BackboneShape, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
+) -> TransformerConfig:
+    """Megatron's configuration of the backbone: the one place where it is made.
+
+    Raises:
+        ConfigError: a tensor-parallel size that does not fit, or an unknown name in `model.transformer_overrides`.
+    """
+    from megatron_hgpt import cpu_platform
+
+    on_cpu = cpu_platform.install_if_needed()
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
+    check_override_names("model.transformer_overrides", model.transformer_overrides, TransformerConfig)
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    fields: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.rms_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": training.precision == "bf16",
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        # Weights come from files or from name-seeded draws, never from Megatron's layout-dependent ones.
+        "perform_initialization": False,
+        "use_cpu_initialization": on_cpu,
+        # Gradients are sums over tokens, divided once by the tokens of the global batch.
+        "calculate_per_token_loss": True,
+        # It bypasses parameter hooks and breaks on frozen weights.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": not on_cpu,
+        "bias_dropout_fusion": not on_cpu,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "attention_softmax_in_fp32": True,
+    }
+    if shape.sliding_window is not None and shape.sliding_window < model.max_seq_length:
+        # Hugging Face counts the position itself, Megatron the positions to its left.
+        fields["window_size"] = (shape.sliding_window - 1, 0)
+    if training.recompute == "full":
+        fields.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif training.recompute == "selective":
+        fields.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    fields.update(model.transformer_overrides)
+    return TransformerConfig(**fields)
+
+
+def check_override_names(section: str, overrides: Mapping[str, Any], megatron_class: type) -> None:
+    """Raises ConfigError for a name that Megatron's dataclass does not have, suggesting the nearest."""
+    names = [field.name for field in dataclasses.fields(megatron_class)]
+    for name in overrides:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{section}.{name} is not a field of megatron.core's {megatron_class.__name__}{hint}")
