@@ -42,6 +42,7 @@ _MODULES_WITH_CUDA_CONSTANTS = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.transformer.utils",
+    "megatron.core.utils",
     "megatron.core.dist_checkpointing.exchange_utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
 )

@@ -54,7 +54,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
         timeout_s: seconds after which a collective that not every rank joined raises.
     """
     on_cpu = cpu_platform.install_if_needed()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     rank, world_size = rank_from_environment(), world_size_from_environment()
     if on_cpu:
@@ -78,14 +78,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
             context_parallel_size=parallel.context_parallel_size,
             create_gloo_process_groups=not on_cpu,
         )
-    # Dropout masks differ between data-parallel ranks and pipeline stages; tensor-parallel ranks share the default
-    # generator and differ in the tracked model-parallel one.
-    rank_seed = (
-        seed + 10_000 * parallel_state.get_data_parallel_rank() + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    )
-    torch.manual_seed(rank_seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)
-    return DistributedContext(
+    context = DistributedContext(
         device=device,
         rank=rank,
         world_size=world_size,
@@ -96,6 +89,21 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )
+    seed_everything(context, seed)
+    return context
+
+
+def seed_everything(context: DistributedContext, seed: int) -> None:
+    """Start the random states that dropout draws from.
+
+    Masks differ between data-parallel ranks and pipeline stages. Tensor-parallel ranks share the default generator and
+    differ in Megatron's tracked model-parallel one.
+    """
+    from megatron.core import tensor_parallel
+
+    rank_seed = seed + 10_000 * context.dp_rank + 100 * context.pp_rank
+    torch.manual_seed(rank_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)
 
 
 def shutdown() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 from megatron_hgpt.config import OptimizerConfig, RunConfig
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
@@ -51,7 +52,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            torch.optim.adamw.adamw(
+            adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -49,6 +50,7 @@ class HealthGPT(MegatronModule):
         device: torch.device,
     ) -> None:
         super().__init__(config=transformer)
+        self.model_type = ModelType.encoder_or_decoder
         self.shape = shape
         self.plugins = plugins
         self.vocabulary = Vocabulary.from_config(config.model)

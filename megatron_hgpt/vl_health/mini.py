@@ -1,8 +1,8 @@
-"""Mini VL-Health: a few hundred real samples, built from pictures inside installed packages, in upstream's JSON schema.
+"""Mini VL-Health: a few hundred real samples from pictures inside installed packages, in upstream's JSON schema.
 
-It is a demonstration and a test bed, not a benchmark. Answers state what a file's metadata or its package's documentation
-says (modality, plane, body part, sequence …), never a finding. Its held-out pictures come from the same few
-volumes and photographs as the training pictures, so they measure interpolation, not transfer to new patients.
+It is a demonstration and a test bed, not a benchmark. Answers state what a file's metadata or its package's
+documentation says (modality, plane, body part, sequence …), never a finding. Its held-out pictures come from the same
+few volumes and photographs as the training pictures, so they measure interpolation, not transfer to new patients.
 
 Folder written by `build_mini_vl_health`:
 
@@ -18,6 +18,7 @@ import io
 import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from PIL import Image
 from megatron_hgpt.data.samples import IMAGE_PLACEHOLDER
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.files import write_atomic
-from megatron_hgpt.vl_health.mini_sources import Picture, all_pictures
+from megatron_hgpt.vl_health.mini_sources import Picture, dicom_pictures, photograph_pictures
+from megatron_hgpt.vl_health.mini_volumes import volume_pictures
 
 SPLITS = ("train", "test")
 CARD_NAME = "sources.json"
@@ -38,17 +40,17 @@ MIN_SLICE_GAP = 3
 SUPER_RESOLUTION_FACTOR = 4
 
 SPLIT_RULE = (
-    f"By picture: in each series (slices of a volume in one plane, non-overlapping tiles), ordered by position, picture i "
-    f"is held out where i mod {HOLD_OUT_PERIOD} = {HOLD_OUT_OFFSET}, in series of more than that. Slices are taken at least "
-    f"{MIN_SLICE_GAP} apart (functional.nii: 8 mm apart), so no neighbour within 2 slices sits in the other split. Series "
-    "whose pictures share content (ultrasound frames, overlapping bone-scan views) are training only. The two pictures of "
-    "a conversion pair are in the same split. Volumes are few: other slices of the same volume, and perpendicular slices "
-    "that cross it, are in both splits."
+    "By picture: in each series (slices of a volume in one plane, tiles without overlap), ordered by position, picture "
+    f"i is held out where i mod {HOLD_OUT_PERIOD} = {HOLD_OUT_OFFSET}. Slices are at least {MIN_SLICE_GAP} apart "
+    "(functional.nii: 8 mm apart), so no neighbour within 2 slices is in the other split. Series whose pictures share "
+    "content (ultrasound frames, overlapping bone-scan views) are for training only. The two pictures of a conversion "
+    "pair are in the same split. Volumes are few: other slices of the same volume, and perpendicular slices that cross "
+    "it, are in both splits."
 )
 CONVERSION_NOTE = (
-    "anatomical.nii and functional.nii are both normalised by SPM to one template and their affines put slices 8, 12, 16 and "
-    "0, 1, 2 at the same 0, 8, 16 mm; the headers do not say whether the subject is the same. CT-MRI pairs do not exist "
-    "in these packages, so none are made. No pydicom MR files show one slice in two sequences."
+    "anatomical.nii and functional.nii are both normalised by SPM to one template; their affines put slices 8, 12, 16 "
+    "and 0, 1, 2 at the same 0, 8, 16 mm. The headers do not say whether the subject is the same. The packages hold no "
+    "CT-MRI pair and no slice in two MR sequences, so no such conversion is made."
 )
 _CONVERSION_PAIRS = (
     (("anatomical/axial", 8), ("functional/axial", 0)),
@@ -96,10 +98,13 @@ _OVERLAPPING = frozenset({"brain", "head"})
 
 _PROMPTS = {
     "reconstruction": ("Reconstruct the image.", "Please reconstruct this image."),
-    "super_resolution": ("Increase the resolution of this image by a factor of four.", "Enhance the resolution of this image."),
+    "super_resolution": (
+        "Increase the resolution of this image by a factor of four.",
+        "Enhance the resolution of this image.",
+    ),
     "anatomical_to_functional": ("Convert this anatomical MRI slice to functional MRI.",),
     "functional_to_anatomical": ("Convert this functional MRI slice to anatomical MRI.",),
-}  # fmt: skip
+}
 
 
 def build_mini_vl_health(folder: Path, *, seed: int = 0, num_super_resolution: int = 40) -> dict[str, Any]:
@@ -133,6 +138,15 @@ def build_mini_vl_health(folder: Path, *, seed: int = 0, num_super_resolution: i
     statistics = _statistics(pictures, splits, records)
     write_atomic(folder / CARD_NAME, json.dumps(_card(pictures, splits, names, statistics, seed), indent=1) + "\n")
     return statistics
+
+
+def all_pictures() -> list[Picture]:
+    """Every picture, in a fixed order (some 160).
+
+    Raises:
+        DataError: a package or one of its files is missing.
+    """
+    return [*dicom_pictures(), *volume_pictures(), *photograph_pictures()]
 
 
 def assign_splits(pictures: list[Picture]) -> list[str]:
@@ -185,16 +199,20 @@ def _phrase(attribute: str, value: str) -> str:
 def _questions(
     pictures: list[Picture], members: list[int], names: list[str], rng: random.Random
 ) -> list[dict[str, Any]]:
-    """An open question per picture, its attribute rotating; a closed one for every second, yes and no in turn."""
-    turns: Counter[tuple[str, ...]] = Counter()
+    """An open question per picture, its attribute rotating from the rarest; a closed one for every second picture.
+
+    Among the closed questions of one attribute, yes and no alternate.
+    """
+    frequency = Counter(fact for index in members for fact in pictures[index].facts.items())
+    turns: Counter[str] = Counter()
     affirm: dict[str, bool] = defaultdict(lambda: True)
     records = []
     for index in members:
         facts = pictures[index].facts
-        kind = tuple(facts.items())
-        attributes = list(facts)
-        turn = turns[str(kind),]
-        turns[str(kind),] += 1
+        kind = str(facts)
+        attributes = sorted(facts, key=lambda name: frequency[name, facts[name]])
+        turn = turns[kind]
+        turns[kind] += 1
         attribute = attributes[turn % len(attributes)]
         question = rng.choice(_QUESTIONS[attribute][0])
         records.append(_conversation(names[index], question, facts[attribute], answer_type="open"))
@@ -268,19 +286,21 @@ def _with_ids(split: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _statistics(pictures: list[Picture], splits: list[str], records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    def counted(values: Iterable[str]) -> dict[str, int]:
+        return dict(sorted(Counter(values).items()))
+
     statistics: dict[str, Any] = {}
     for split in SPLITS:
-        answers = Counter(r["conversations"][1]["value"] for r in records[split] if "answer_type" in r)
+        asked = [record for record in records[split] if "answer_type" in record]
+        members = [picture for picture, its_split in zip(pictures, splits, strict=True) if its_split == split]
         statistics[split] = {
-            "pictures": splits.count(split),
+            "pictures": len(members),
             "records": len(records[split]),
-            "comprehension": dict(sorted(Counter(r["answer_type"] for r in records[split] if "answer_type" in r).items())),
-            "generation": dict(sorted(Counter(r["kind"] for r in records[split] if "kind" in r).items())),
-            "answers": dict(sorted(answers.items())),
-            "modality": dict(sorted(Counter(
-                picture.facts.get("modality", "not stated") for picture, s in zip(pictures, splits, strict=True) if s == split
-            ).items())),
-        }  # fmt: skip
+            "comprehension": counted(record["answer_type"] for record in asked),
+            "generation": counted(record["kind"] for record in records[split] if "kind" in record),
+            "answers": counted(record["conversations"][1]["value"] for record in asked),
+            "modality": counted(picture.facts.get("modality", "not stated") for picture in members),
+        }
     return statistics
 
 

@@ -41,6 +41,11 @@ REPLACED = {
         clip_grad_by_total_norm_fp32([p], max_norm=1.0, total_norm=4.0)
         assert torch.allclose(p.grad, torch.full((4,), 0.5))
         """,
+    "the gradient norm is taken on the CPU": """
+        import torch
+        from megatron.core.utils import local_multi_tensor_l2_norm
+        assert float(local_multi_tensor_l2_norm(0, None, [[torch.full((4,), 2.0)]])[0]) == 4.0
+        """,
     "the fp32 optimizer's scale lives on the CPU": """
         import torch
         from megatron.core.optimizer.optimizer import FP32Optimizer

@@ -1,4 +1,4 @@
-"""Steps of the demo's asset builder: complete or absent, rebuilt when an input changes, never somebody else's folder."""
+"""Steps of the demo's asset builder: complete or absent, built again when an input changes, never a foreign folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from megatron_hgpt.errors import DataError
 
 TOOL = Path(__file__).parents[3] / "tools" / "build_demo_assets.py"

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.vl_health import mini, mini_sources
-from PIL import Image
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")
@@ -103,16 +104,35 @@ def test_no_patient_tag_is_copied(dataset: Path, card: dict[str, Any]) -> None:
     assert num_checked > 20  # the files do carry such tags
 
 
+def _asked(question: str, facts: dict[str, dict[str, str]]) -> list[tuple[str, str | None]]:
+    """(attribute, value named in a closed question or None) that a question can come from."""
+    text = question.removeprefix("<image>\n")
+    values = {(name, value) for picture in facts.values() for name, value in picture.items()}
+    closed = [
+        (name, value)
+        for name, value in values
+        if text in [template.format(mini._phrase(name, value)) for template in mini._QUESTIONS[name][1]]
+    ]
+    return closed + [(name, None) for name, (templates, _) in mini._QUESTIONS.items() if text in templates]
+
+
 def test_answers_are_the_facts_of_the_picture(records: dict[str, list[dict[str, Any]]], card: dict[str, Any]) -> None:
-    facts = _facts(card)
-    values = {value for picture in facts.values() for value in picture.values()}
+    facts, meaning = _facts(card), {}
     for record in records["train"] + records["test"]:
         question, answer = (turn["value"] for turn in record["conversations"])
-        if record.get("answer_type") == "open":
-            assert answer in facts[record["image"]].values(), record
-        elif record.get("answer_type") == "closed":
-            named = max((value for value in values if value in question), key=len)
-            assert answer == ("yes" if named in facts[record["image"]].values() else "no"), record
+        if "answer_type" in record:
+            if question not in meaning:
+                (meaning[question],) = _asked(question, facts)  # unambiguous
+            attribute, value = meaning[question]
+            fact = facts[record["image"]][attribute]
+            assert answer == (fact if value is None else "yes" if value == fact else "no"), record
+
+
+def test_rare_facts_are_asked_for(records: dict[str, list[dict[str, Any]]]) -> None:
+    answers = {
+        record["conversations"][1]["value"] for record in records["train"] if record.get("answer_type") == "open"
+    }
+    assert {"functional", "anatomical", "spin echo", "time of flight", "echo planar", "bone scan"} <= answers
 
 
 def test_head_is_never_denied_of_a_brain(records: dict[str, list[dict[str, Any]]], card: dict[str, Any]) -> None:
@@ -162,9 +182,9 @@ def test_pictures_differ_at_the_size_the_tower_sees(dataset: Path, card: dict[st
 
 def test_no_picture_is_in_both_splits(records: dict[str, list[dict[str, Any]]], card: dict[str, Any]) -> None:
     files = {
-        split: {record[key].replace("_x4", "") for record in records[split] for key in ("image", "target_image") if key in record}
+        split: {r[key].replace("_x4", "") for r in records[split] for key in ("image", "target_image") if key in r}
         for split in mini.SPLITS
-    }  # fmt: skip
+    }
     assert files["train"] and files["test"] and not files["train"] & files["test"]
     slices = [p for p in card["pictures"] if "slice" in p["region"] and p["series"] != "functional/axial"]
     for held_out in (p for p in slices if p["split"] == "test"):

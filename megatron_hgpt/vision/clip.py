@@ -1,0 +1,139 @@
+"""The frozen CLIP tower of hierarchical visual perception (HealthGPT paper, section 3.1): one tower, two depths.
+
+Depths are Hugging Face `hidden_states` indices: 0 is the embedding after the pre-LayerNorm, i is after block i, and
+negative ones count from the end. Comprehension reads -2, generation 1; neither passes the post-LayerNorm. A task runs
+only the blocks it needs: one of 24 for generation. transformers' CLIPVisionModel supplies the blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from megatron_hgpt.config import VisionConfig
+from megatron_hgpt.data.samples import Task
+from megatron_hgpt.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
+
+logger = logging.getLogger(__name__)
+
+_RANDOM_SEED = 20250213
+"""Every rank draws the same random tower when there is no checkpoint."""
+
+
+class HVPTower(nn.Module):
+    """CLIP's vision blocks up to the deepest one needed; always frozen and in evaluation mode.
+
+    Attributes:
+        num_image_tokens: patch tokens per image; the CLS token is dropped.
+        hidden_size: features per token.
+        image_size: side of the square input, pixels.
+    """
+
+    def __init__(self, clip: CLIPVisionModel, num_blocks: Mapping[Task, int]) -> None:
+        super().__init__()
+        self.embeddings = clip.embeddings
+        self.pre_layrnorm = clip.pre_layrnorm
+        self.blocks = nn.ModuleList(clip.encoder.layers[: max(num_blocks.values())])
+        self.num_blocks = dict(num_blocks)
+        self.hidden_size = int(clip.config.hidden_size)
+        self.image_size = int(clip.config.image_size)
+        self.num_image_tokens = (self.image_size // int(clip.config.patch_size)) ** 2
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_config(cls, vision: VisionConfig, tasks: Sequence[Task]) -> HVPTower:
+        """Build or load the tower for `tasks`.
+
+        Raises:
+            ConfigError: no sizes, or a depth outside the tower.
+            CheckpointError: the folder lacks tensors or does not fit the configured sizes.
+        """
+        clip = _load(Path(vision.tower), vision) if vision.tower else _random(vision)
+        depths = {Task.COMPREHENSION: vision.comprehension_hidden_state, Task.GENERATION: vision.generation_hidden_state}
+        num_layers = int(clip.config.num_hidden_layers)
+        return cls(clip, {task: _blocks_for(task, depths[task], num_layers) for task in tasks})
+
+    def train(self, mode: bool = True) -> HVPTower:
+        """Stay in evaluation mode: the tower is frozen in every stage."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, task: Task) -> torch.Tensor:
+        """Patch features.
+
+        Args:
+            pixel_values: [n, 3, image_size, image_size], CLIP-normalised.
+            task: chooses the depth.
+
+        Returns:
+            [n, num_image_tokens, hidden_size].
+        """
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        for block in self.blocks[: self.num_blocks[task]]:
+            hidden = block(hidden, None)
+        return hidden[:, 1:]
+
+
+def _blocks_for(task: Task, index: int, num_layers: int) -> int:
+    """Blocks to run for `hidden_states[index]` of num_layers + 1 entries."""
+    if not -(num_layers + 1) <= index <= num_layers:
+        raise ConfigError(
+            f"model.vision.{task.value}_hidden_state={index} is outside a tower of {num_layers} blocks; "
+            f"use {-(num_layers + 1)} to {num_layers}"
+        )
+    return index if index >= 0 else num_layers + 1 + index
+
+
+def _random(vision: VisionConfig) -> CLIPVisionModel:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if not vision.hf_config:
+        raise ConfigError("model.vision needs either `tower` (a folder) or `hf_config` (its config.json)")
+    logger.warning("model.vision.tower is not set: the vision tower has random weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        return CLIPVisionModel(CLIPVisionConfig(**vision.hf_config, attn_implementation="sdpa"))
+
+
+def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model.vision.tower={folder} is not a Hugging Face folder (config.json is missing)")
+    config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    for key, value in vision.hf_config.items():
+        if key in _SIZES and getattr(config, key) != value:
+            raise CheckpointError(
+                f"{folder}/config.json has {key}={getattr(config, key)}, model.vision.hf_config says {value}"
+            )
+    try:
+        model, info = CLIPVisionModel.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot load the CLIP tower from {folder}: {error}") from error
+    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
+    if missing or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder} does not hold the CLIP tower it describes: missing {missing[:3]} ({len(missing)}), "
+            f"wrong shape {list(info['mismatched_keys'])[:3]}"
+        )
+    return model
+
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
