@@ -22,10 +22,23 @@ class Backbone(GPTModel):
     def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vocabulary = vocabulary
+        self._mark_sharded_weights()
         if self.post_process:
             # The head's input is gathered and selected here, so the head itself works on whole tokens.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _mark_sharded_weights(self) -> None:
+        """Flag sharded weights, which Megatron does only where it also initialises them.
+
+        Without the flag the gradient norm counts a sharded weight on one tensor-parallel rank only.
+        """
+        axes = {tensor_parallel.VocabParallelEmbedding: 0, tensor_parallel.ColumnParallelLinear: 0,
+                tensor_parallel.RowParallelLinear: 1}  # fmt: skip
+        for module in self.modules():
+            for cls, axis in axes.items():
+                if isinstance(module, cls) and not hasattr(module.weight, "tensor_model_parallel"):
+                    tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
     def _postprocess(
         self,

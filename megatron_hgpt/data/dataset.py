@@ -1,0 +1,110 @@
+"""Preprocessed samples of one folder, checked against the model that is to be trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_hgpt.data.mmap_format import DatasetReader
+from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
+from megatron_hgpt.data.templates import resolve_system_prompt
+from megatron_hgpt.errors import DataError, SkipSample
+from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.vision.preprocess import load_image
+
+
+def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
+    """What the manifest stores of a vocabulary."""
+    return {
+        "text_size": vocabulary.text_size,
+        "num_codes": vocabulary.num_codes,
+        "start_id": vocabulary.start_id,
+        "end_id": vocabulary.end_id,
+        "size": vocabulary.size,
+    }
+
+
+class VLDataset:
+    """Map-style dataset over a folder written by `tools/preprocess_vl_health.py`.
+
+    Args:
+        folder: the dataset.
+        vocabulary: the model's.
+        tokenizer_hash: `TextTokenizer.hash` of the model's tokenizer.
+        template: the model's chat template.
+        system_prompt: the model's system message; None is the template's own.
+        num_indices: VQ indices of one image; None leaves it unchecked.
+        verify_checksums: compare the sha256 of every file (reads all of it); sizes are always compared.
+
+    Raises:
+        DataError: the folder is damaged, or was made for another tokenizer, vocabulary, template or system message.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        vocabulary: Vocabulary,
+        tokenizer_hash: str,
+        template: str,
+        system_prompt: str | None = None,
+        num_indices: int | None = None,
+        verify_checksums: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self._reader = DatasetReader(self.folder, verify_checksums=verify_checksums)
+        manifest = self._reader.manifest
+        self._vocabulary = vocabulary
+        self._check("tokenizer (sha256)", manifest["tokenizer"].get("sha256"), tokenizer_hash)
+        self._check("template", manifest["template"].get("name"), template)
+        prompt = resolve_system_prompt(template, system_prompt)
+        self._check("system prompt", manifest["template"].get("system_prompt"), prompt)
+        for name, value in describe_vocabulary(vocabulary).items():
+            self._check(f"vocabulary {name}", manifest["vocabulary"].get(name), value)
+        if num_indices is not None and manifest.get("vq"):
+            self._check("VQ indices per image", manifest["vq"].get("num_indices"), num_indices)
+
+    def _check(self, what: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            raise DataError(
+                f"{self.folder}: {what} of the dataset is {found!r}, the model's is {wanted!r}; write the dataset again "
+                "with the model's settings (tools/preprocess_vl_health.py), or correct the configuration"
+            )
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Content of manifest.json."""
+        return self._reader.manifest
+
+    @property
+    def tasks(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 [n]: `Task.index` of each sample."""
+        return self._reader.tasks
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        """One sample with its pictures decoded.
+
+        Raises:
+            SkipSample: a picture cannot be decoded, or tokens, mask and pictures do not fit (``corrupt_sample``).
+        """
+        sample_id = self._reader.sample_id(index)
+        tokens = torch.from_numpy(self._reader.tokens(index).astype(np.int64))
+        loss_mask = torch.from_numpy(self._reader.loss_mask(index).astype(np.bool_))
+        images = self._reader.images(index)
+        is_image = tokens == IMAGE_TOKEN_ID
+        is_known = (tokens >= 0) & (tokens < self._vocabulary.size)
+        if len(tokens) != len(loss_mask) or int(is_image.sum()) != len(images) or not bool((is_image | is_known).all()):
+            raise SkipSample("corrupt_sample", f"{self.folder}: sample {index} ({sample_id}) does not fit together")
+        return EncodedSample(
+            sample_id=sample_id,
+            task=TASKS[int(self._reader.tasks[index])],
+            tokens=tokens,
+            loss_mask=loss_mask,
+            images=[load_image(image) for image in images],
+        )

@@ -1,0 +1,272 @@
+"""The dataset folder: Megatron's IndexedDataset files (memory-mapped) and a manifest.
+
+    tokens.bin/.idx      int32, one document per sample; IMAGE_TOKEN_ID (-200) once per image
+    loss_mask.bin/.idx   uint8, as long as the tokens; 1 where the token is supervised
+    images.bin/.idx      uint8, one document per sample with one sequence (a PNG file) per image, possibly none
+    sample_ids.bin/.idx  uint8, UTF-8, one document per sample
+    tasks.npy            uint8, `Task.index` of each sample
+    manifest.json        schema version, tokenizer, template, vocabulary, VQGAN, counts, skips, sha256 of each file
+    skipped.jsonl        one line per skipped record that is listed: id, reason, detail
+
+The folder is written under a temporary name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+_STREAMS: dict[str, type[np.number[Any]]] = {
+    "tokens": np.int32,
+    "loss_mask": np.uint8,
+    "images": np.uint8,
+    "sample_ids": np.uint8,
+}
+_REQUIRED = ("schema_version", "tokenizer", "template", "vocabulary", "counts", "files")
+MAX_LISTED_SKIPS = 100
+"""Skipped records listed in skipped.jsonl per reason; all are counted."""
+
+
+class DatasetWriter:
+    """Writes one dataset folder; a context manager that leaves no folder behind when the work is interrupted.
+
+    Args:
+        folder: final place.
+        overwrite: replace a dataset that is there already, at the moment the new one is complete.
+
+    Raises:
+        DataError: `folder` exists and is not to be overwritten, or holds something else than a dataset.
+    """
+
+    def __init__(self, folder: Path, *, overwrite: bool = False) -> None:
+        if folder.exists() and not overwrite:
+            raise DataError(f"{folder} exists already; choose another folder or pass --overwrite")
+        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise DataError(f"{folder} is not a dataset (no {MANIFEST}) and is not overwritten; choose another folder")
+        self.folder = folder
+        self._temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        self._builders: dict[str, Any] = {}
+        self._tasks: list[int] = []
+        self._counts = {"samples": 0, "images": 0, "tokens": 0, "supervised_tokens": 0}
+        self._per_task: Counter[str] = Counter()
+        self._per_source: Counter[str] = Counter()
+        self._skips: Counter[str] = Counter()
+        self._listed: list[dict[str, str]] = []
+
+    def __enter__(self) -> DatasetWriter:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        for name, dtype in _STREAMS.items():
+            self._builders[name] = IndexedDatasetBuilder(str(self._temporary / f"{name}.bin"), dtype=dtype)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for builder in self._builders.values():
+            builder.data_file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(
+        self,
+        *,
+        sample_id: str,
+        task: Task,
+        tokens: Sequence[int],
+        loss_mask: Sequence[bool],
+        images: Sequence[bytes] = (),
+        source: str = "",
+    ) -> None:
+        """Append one sample; `images` are encoded picture files."""
+        if len(tokens) != len(loss_mask):
+            raise DataError(f"sample {sample_id}: {len(tokens)} tokens but {len(loss_mask)} mask entries")
+        self._add_document("tokens", np.asarray(tokens, np.int32), [len(tokens)])
+        self._add_document("loss_mask", np.asarray(loss_mask, np.uint8), [len(loss_mask)])
+        self._add_document("images", np.frombuffer(b"".join(images), np.uint8), [len(image) for image in images])
+        encoded_id = np.frombuffer(sample_id.encode(), np.uint8)
+        self._add_document("sample_ids", encoded_id, [len(encoded_id)])
+        self._tasks.append(task.index)
+        self._per_task[task.value] += 1
+        self._per_source[source] += 1
+        for key, number in (("samples", 1), ("images", len(images)), ("tokens", len(tokens))):
+            self._counts[key] += number
+        self._counts["supervised_tokens"] += int(sum(loss_mask))
+
+    def _add_document(self, stream: str, values: np.ndarray[Any, Any], lengths: list[int]) -> None:
+        self._builders[stream].add_document(values, lengths)
+
+    def skip(self, sample_id: str, reason: str, detail: str) -> None:
+        """Count a record that was left out; the first ones of each reason are listed."""
+        self._skips[reason] += 1
+        if self._skips[reason] <= MAX_LISTED_SKIPS:
+            self._listed.append({"id": sample_id, "reason": reason, "detail": detail})
+
+    @property
+    def num_samples(self) -> int:
+        """Samples written so far."""
+        return self._counts["samples"]
+
+    @property
+    def skips(self) -> dict[str, int]:
+        """Records left out so far, by reason."""
+        return dict(sorted(self._skips.items()))
+
+    def finish(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Write indices and manifest and move the folder into place.
+
+        Args:
+            description: manifest entries of the caller: tokenizer, template, vocabulary, vq …
+
+        Returns:
+            The manifest.
+
+        Raises:
+            DataError: no sample was written.
+        """
+        if not self._tasks:
+            raise DataError(f"{self.folder}: no usable sample; skipped: {self.skips or 'nothing, the input is empty'}")
+        for name, builder in self._builders.items():
+            builder.finalize(str(self._temporary / f"{name}.idx"))
+        np.save(self._temporary / "tasks.npy", np.asarray(self._tasks, np.uint8))
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._listed)
+        (self._temporary / SKIPPED).write_text(lines, encoding="utf-8")
+        counts = {**self._counts, "per_task": dict(self._per_task), "per_source": dict(sorted(self._per_source.items()))}
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            **description,
+            "counts": counts,
+            "skipped": self.skips,
+            "files": {path.name: _fingerprint(path) for path in sorted(self._temporary.iterdir())},
+        }
+        (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        retired = self.folder.with_name(f"{self.folder.name}.old-{os.getpid()}")
+        if self.folder.exists():
+            self.folder.rename(retired)
+        self._temporary.rename(self.folder)
+        shutil.rmtree(retired, ignore_errors=True)
+        return manifest
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, *, verify_checksums: bool = False) -> dict[str, Any]:
+    """Manifest of a dataset folder, after comparing the sizes of its files (and their sha256 on request).
+
+    Raises:
+        DataError: not a dataset folder, another schema version, or a file that is missing, cut or changed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); write it with tools/preprocess_vl_health.py")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("schema_version",) if key not in manifest]
+        if manifest.get("schema_version") == SCHEMA_VERSION:
+            missing = [key for key in _REQUIRED if key not in manifest]
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not a JSON object ({error}); write the dataset again") from error
+    if missing:
+        raise DataError(f"{path} has no field {missing[0]!r}; write the dataset again")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        found = manifest["schema_version"]
+        raise DataError(f"{path}: schema version {found}, this package reads {SCHEMA_VERSION}; write the dataset again")
+    expected = {f"{stream}.{ending}" for stream in _STREAMS for ending in ("bin", "idx")} | {"tasks.npy"}
+    absent = sorted(expected - set(manifest["files"]))
+    if absent:
+        raise DataError(f"{path} does not list {absent[0]}; write the dataset again")
+    for name in sorted(expected):
+        file, entry = folder / name, manifest["files"][name]
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            size = file.stat().st_size if file.is_file() else "no"
+            raise DataError(f"{file}: {size} bytes, the manifest says {entry['bytes']}; copy or write the dataset again")
+        if verify_checksums and sha256_of(file) != entry["sha256"]:
+            raise DataError(f"{file}: its sha256 differs from the manifest's; copy or write the dataset again")
+    return manifest
+
+
+class DatasetReader:
+    """Random access to a dataset folder through memory maps.
+
+    Raises:
+        DataError: as `read_manifest`; or an index that does not fit the manifest.
+    """
+
+    def __init__(self, folder: Path, *, verify_checksums: bool = False) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        self.folder = folder
+        self.manifest = read_manifest(folder, verify_checksums=verify_checksums)
+        self._num_samples = int(self.manifest["counts"]["samples"])
+        self._streams: dict[str, Any] = {}
+        for name in _STREAMS:
+            # An empty file cannot be mapped: a dataset without pictures has an empty images.bin.
+            if self.manifest["files"][f"{name}.bin"]["bytes"] == 0:
+                continue
+            try:
+                self._streams[name] = IndexedDataset(str(folder / name))
+            except (AssertionError, ValueError, OSError) as error:
+                raise DataError(f"{folder / name}.idx cannot be read ({error}); write the dataset again") from error
+            found = len(self._streams[name].document_indices) - 1
+            if found != self._num_samples:
+                raise DataError(f"{folder / name}.idx: {found} documents, the manifest says {self._num_samples} samples")
+        tasks = np.load(folder / "tasks.npy", allow_pickle=False)
+        if tasks.dtype != np.uint8 or tasks.shape != (self._num_samples,) or tasks.max(initial=0) >= len(TASKS):
+            raise DataError(f"{folder}/tasks.npy: {tasks.dtype} {tasks.shape} does not fit {self._num_samples} samples")
+        self.tasks: np.ndarray[Any, np.dtype[np.uint8]] = tasks
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def tokens(self, index: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """int32 [t] of sample `index`."""
+        return self._document("tokens", index)[0]
+
+    def loss_mask(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 [t] of sample `index`."""
+        return self._document("loss_mask", index)[0]
+
+    def images(self, index: int) -> list[bytes]:
+        """Encoded picture files of sample `index`, in order."""
+        return [image.tobytes() for image in self._document("images", index)]
+
+    def sample_id(self, index: int) -> str:
+        """Id of sample `index`."""
+        parts = self._document("sample_ids", index)
+        return parts[0].tobytes().decode(errors="replace") if parts else ""
+
+    def _document(self, stream: str, index: int) -> list[np.ndarray[Any, Any]]:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        data = self._streams.get(stream)
+        if data is None:
+            return []
+        first, end = data.document_indices[index], data.document_indices[index + 1]
+        return [data[int(i)] for i in range(first, end)]
