@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megatron_hgpt import distributed
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import save_config, validate
+from megatron_hgpt.config_io import save_config
 from megatron_hgpt.stages import resolve_stage
+from megatron_hgpt.validation import global_batch_size, validate
 
 logger = logging.getLogger(__name__)
 

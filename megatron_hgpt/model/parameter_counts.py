@@ -1,0 +1,58 @@
+"""Parameters per group, by arithmetic on the shapes: what a dry run prints without building anything."""
+
+from __future__ import annotations
+
+from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
+from megatron_hgpt.model.backbone import BackboneShape, read_backbone
+from megatron_hgpt.model.vocabulary import Vocabulary
+
+
+def count_hlora(shape: BackboneShape, plugin: HLoRAPluginConfig) -> int:
+    """A plugin on every linear of the LLM: per linear A [r, in], R [k, in], B [out, r].
+
+    A fused linear of Phi has one A and R; Qwen and Llama have one per HF linear.
+    """
+    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden, ffn = shape.hidden_size, shape.ffn_size
+    if shape.fused_qkv:
+        linears = [(hidden, query + 2 * key), (query, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+    else:
+        linears = [(hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, ffn), (hidden, ffn)]
+        linears.append((ffn, hidden))
+    per_layer = sum((plugin.lora_rank + plugin.num_experts) * n_in + n_out * plugin.lora_rank for n_in, n_out in linears)
+    return shape.num_layers * per_layer
+
+
+def _count_backbone(shape: BackboneShape) -> int:
+    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden = shape.hidden_size
+    attention = hidden * (query + 2 * key) + query * hidden + (query + 2 * key if shape.qkv_bias else 0)
+    return shape.num_layers * (attention + 3 * hidden * shape.ffn_size + 2 * hidden) + hidden
+
+
+def _count_tower(config: dict) -> int:
+    hidden, ffn, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    patch = config["patch_size"]
+    embeddings = hidden + 3 * patch * patch * hidden + ((config["image_size"] // patch) ** 2 + 1) * hidden
+    block = 4 * (hidden * hidden + hidden) + 2 * hidden * ffn + ffn + hidden + 4 * hidden
+    return embeddings + 2 * hidden + layers * block
+
+
+def count_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of the whole (unsharded) model by group; the tower is counted with all its blocks."""
+    shape, vocabulary = read_backbone(model.hf_config), Vocabulary.from_config(model)
+    vision = model.vision.hf_config
+    hidden = shape.hidden_size
+    adapter = vision.get("hidden_size", 0) * hidden + hidden + hidden * hidden + hidden
+    counts = {
+        "backbone": _count_backbone(shape),
+        "embeddings": vocabulary.padded_size * hidden,
+        "head": vocabulary.padded_size * hidden,
+        "tower": _count_tower(vision) if vision else 0,
+    }
+    plugins = {"comprehension": model.hlora.comprehension, "generation": model.hlora.generation}
+    for adapter_name, (name, plugin) in zip(("abstract_adapter", "concrete_adapter"), plugins.items(), strict=True):
+        if plugin is not None:
+            counts[adapter_name] = adapter
+            counts[f"hlora_{name}"] = count_hlora(shape, plugin)
+    return counts

