@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_hgpt import distributed
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
+from megatron_hgpt.distributed import DistributedContext
+from megatron_hgpt.hooks import PathParameters, TrainState
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import global_batch_size, validate
 
@@ -42,7 +46,7 @@ def main(config: RunConfig) -> None:
         trained = load_weights(model, config, config.checkpoint.init_from)
         trainable = freeze_except(model, stage.trainable)
         tokenizer = TextTokenizer.load(config.model.tokenizer or config.model.backbone)
-        global_batch_size = config.training.global_batch_size or stage.global_batch_size
+        batch_size = global_batch_size(config)
         loader = build_loader(
             config,
             tokenizer_hash=tokenizer.hash,
@@ -51,7 +55,7 @@ def main(config: RunConfig) -> None:
             dp_rank=context.dp_rank,
             dp_size=context.dp_size,
             tasks=stage.tasks,
-            global_batch_size=global_batch_size,
+            global_batch_size=batch_size,
             pad_to_multiple=context.tp_size if config.parallel.sequence_parallel else 1,
         )
         total_steps = config.training.num_steps or round((config.training.num_epochs or 1) * loader.steps_per_epoch)
@@ -60,14 +64,20 @@ def main(config: RunConfig) -> None:
                 "%s: %d steps of %d samples; %d trainable tensors in %s",
                 config.training.stage,
                 total_steps,
-                global_batch_size,
+                batch_size,
                 len(trainable),
                 ", ".join(stage.trainable),
             )
         checkpointer = Checkpointer(
             config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer
         )
-        hooks = build_hooks(config, model=model, context=context, tokenizer=tokenizer)
+        hooks = build_hooks(
+            config,
+            rank=context.rank,
+            world_size=context.world_size,
+            parameters=_path_parameters(config),
+            sample_images=_image_sampler(config, model, tokenizer, context),
+        )
         Trainer(
             config=config,
             stage=stage,
@@ -80,6 +90,33 @@ def main(config: RunConfig) -> None:
         ).fit()
     finally:
         distributed.shutdown()
+
+
+def _path_parameters(config: RunConfig) -> PathParameters:
+    """Parameters that a token passes, for the 4N rule: the language model with its plugins; the head counts, tables do not."""
+    from megatron_hgpt.model.parameter_counts import count_parameters
+
+    stage = resolve_stage(config.training)
+    counts = count_parameters(config.model)
+    on_path = {name: counts[name] for name in ("backbone", "head")}
+    on_path.update({name: count for name, count in counts.items() if name.startswith("hlora_")})
+    trained = sum(
+        count
+        for name, count in on_path.items()
+        if name in stage.trainable or (name == "head" and {"vocabulary", "new_rows"} & set(stage.trainable))
+    )
+    return PathParameters(num_frozen=sum(on_path.values()) - trained, num_trained=trained)
+
+
+def _image_sampler(
+    config: RunConfig, model: Any, tokenizer: Any, context: DistributedContext
+) -> Callable[[TrainState], list[tuple[str, Any]]] | None:
+    """Draws the first held-out (or training) generation prompts; None where the run cannot decode images."""
+    from megatron_hgpt.inference.samples import image_sampler
+
+    if config.logging.sample_images_interval_steps <= 0 or not config.model.vq.path:
+        return None
+    return image_sampler(config, model, tokenizer, context)
 
 
 def _configure_logging(is_writer: bool) -> None:

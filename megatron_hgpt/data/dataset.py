@@ -70,8 +70,8 @@ class VLDataset:
     def _check(self, what: str, found: Any, wanted: Any) -> None:
         if found != wanted:
             raise DataError(
-                f"{self.folder}: {what} of the dataset is {found!r}, the model's is {wanted!r}; write the dataset again "
-                "with the model's settings (tools/preprocess_vl_health.py), or correct the configuration"
+                f"{self.folder}: {what} of the dataset is {found!r}, the model's is {wanted!r}; write the dataset "
+                "again with the model's settings (tools/preprocess_vl_health.py), or correct the configuration"
             )
 
     @property

@@ -2,12 +2,12 @@
 
 The life of a sample:
 
-1. An endless sequence of micro-batches is defined by seed, batch size and datasets alone. Each is of one task; the tasks
-   alternate evenly, in proportion to their samples or by `data.mixture`.
+1. An endless sequence of micro-batches is defined by seed, batch size and datasets alone. Each is of one task; the
+   tasks alternate evenly, in proportion to their samples or by `data.mixture`.
 2. Within a task, each of its epochs is a shuffle of all its samples, cut into micro-batches; the last one is filled
    up from the start of the same shuffle.
-3. Step s takes micro-batches s*M … s*M + M-1, M = global batch / micro-batch; data-parallel rank r those at r, r + dp, …
-   So a step holds the same samples for every layout, and resuming is a matter of the step number.
+3. Step s takes micro-batches s*M … s*M + M-1, M = global batch / micro-batch; data-parallel rank r those at r,
+   r + dp, … So a step holds the same samples for every layout, and resuming is a matter of the step number.
 4. A sample that cannot be used is replaced by the next one of its task's shuffle, and counted.
 """
 
@@ -138,7 +138,7 @@ class TrainLoader:
         self._members = {task: source.members(task) for task in shares}
         for task, members in self._members.items():
             if not len(members):
-                raise DataError(f"data.train has no {task.value} sample, which the stage trains; add a folder with some")
+                raise DataError(f"data.train has no {task.value} sample, which the stage trains; add a folder of them")
         self._per_epoch = {task: -(-len(members) // micro_batch_size) for task, members in self._members.items()}
         self._schedule = TaskSchedule(
             {task: share if share is not None else Fraction(self._per_epoch[task]) for task, share in shares.items()}
@@ -265,7 +265,7 @@ def _shares(tasks: Sequence[Task], mixture: dict[str, float]) -> dict[Task, Frac
         return dict.fromkeys(tasks)
     missing = [task.value for task in tasks if task.value not in mixture]
     if missing:
-        raise ConfigError(f"data.mixture has no weight for {missing[0]}, which the stage trains; add one (0 leaves it out)")
+        raise ConfigError(f"data.mixture has no weight for {missing[0]}, which the stage trains; 0 leaves it out")
     shares = {task: Fraction(mixture[task.value]).limit_denominator(10**6) for task in tasks}
     if not any(shares.values()):
         raise ConfigError(f"data.mixture gives weight 0 to all of {[task.value for task in tasks]}; raise one")

@@ -150,7 +150,8 @@ class DatasetWriter:
         np.save(self._temporary / "tasks.npy", np.asarray(self._tasks, np.uint8))
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._listed)
         (self._temporary / SKIPPED).write_text(lines, encoding="utf-8")
-        counts = {**self._counts, "per_task": dict(self._per_task), "per_source": dict(sorted(self._per_source.items()))}
+        per_source = dict(sorted(self._per_source.items()))
+        counts = {**self._counts, "per_task": dict(sorted(self._per_task.items())), "per_source": per_source}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             **description,
@@ -185,7 +186,7 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> dict[str, 
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); write it with tools/preprocess_vl_health.py")
+        raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); tools/preprocess_vl_health.py writes one")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("schema_version",) if key not in manifest]
@@ -206,7 +207,7 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> dict[str, 
         file, entry = folder / name, manifest["files"][name]
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             size = file.stat().st_size if file.is_file() else "no"
-            raise DataError(f"{file}: {size} bytes, the manifest says {entry['bytes']}; copy or write the dataset again")
+            raise DataError(f"{file}: {size} bytes, {MANIFEST} says {entry['bytes']}; copy or write the dataset again")
         if verify_checksums and sha256_of(file) != entry["sha256"]:
             raise DataError(f"{file}: its sha256 differs from the manifest's; copy or write the dataset again")
     return manifest
@@ -236,7 +237,7 @@ class DatasetReader:
                 raise DataError(f"{folder / name}.idx cannot be read ({error}); write the dataset again") from error
             found = len(self._streams[name].document_indices) - 1
             if found != self._num_samples:
-                raise DataError(f"{folder / name}.idx: {found} documents, the manifest says {self._num_samples} samples")
+                raise DataError(f"{folder / name}.idx: {found} documents, {MANIFEST} says {self._num_samples} samples")
         tasks = np.load(folder / "tasks.npy", allow_pickle=False)
         if tasks.dtype != np.uint8 or tasks.shape != (self._num_samples,) or tasks.max(initial=0) >= len(TASKS):
             raise DataError(f"{folder}/tasks.npy: {tasks.dtype} {tasks.shape} does not fit {self._num_samples} samples")

@@ -1,7 +1,7 @@
 """Chat templates and the loss mask (spec section 3: HealthGPT release, llava/conversation.py).
 
-A conversation becomes a list of segments: template text (control tokens), user or assistant text (never control tokens),
-images, VQ indices. Segments are tokenised one by one and the mask is built from them, never by searching the text.
+A conversation becomes a list of segments: template text (control tokens), user or assistant text (never control
+tokens), images, VQ indices. Segments are tokenised one by one and the mask is built from them, never by searching the text.
 Adjacent template pieces are one segment, so that white space between them is tokenised as in the whole string.
 """
 
@@ -104,7 +104,7 @@ def end_token_id(tokenizer: TextTokenizer, template: str) -> int:
     end = get_template(template).end
     ids = tokenizer.encode_template(end)
     if len(ids) != 1:
-        raise ConfigError(f"template {template}: {end!r} is {len(ids)} tokens of this tokenizer, not one; wrong template?")
+        raise ConfigError(f"template {template}: {end!r} is {len(ids)} tokens of this tokenizer, not one; check both")
     return ids[0]
 
 

@@ -1,4 +1,4 @@
-"""The text tokenizer: a Hugging Face fast tokenizer, used so that text from data or users can never become control tokens.
+"""The text tokenizer: a Hugging Face fast tokenizer that never turns text from data or users into control tokens.
 
 A sentencepiece tokenizer (Phi-3's family) puts a dummy space in front of each string it is given. A conversation
 is tokenised segment by segment, and a segment that follows a control token must not get that space, as in the whole

@@ -53,6 +53,19 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass(kw_only=True, slots=True)
+class EncodedPrompt:
+    """A request with its image features in place."""
+
+    task: Task
+    tokens: torch.Tensor
+    """int64 [t]: 0 at image features."""
+    image_mask: torch.Tensor
+    """bool [t]."""
+    pixel_values: torch.Tensor
+    """float32 [n, 3, height, width]."""
+
+
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
     """The next id [b] from logits [b, V]; -inf marks what may not be chosen."""
     if sampling.temperature <= 0.0:
@@ -123,13 +136,20 @@ class Generator:
         """Text answers, in the order of `prompts`; the end token is not part of the text."""
         allowed = torch.zeros(self.vocabulary.padded_size, dtype=torch.bool)
         allowed[: self.vocabulary.text_size] = True
-        ids = self._generate(prompts, max_new_tokens, allowed, {self.end_id}, sampling or Sampling())
+        encoded = [self.encode(prompt) for prompt in prompts]
+        ids = self._generate(encoded, max_new_tokens, allowed, {self.end_id}, sampling or Sampling())
         return [self.tokenizer.decode(row).strip() for row in ids]
 
     def draw(
         self, prompts: Sequence[Prompt], *, sampling: Sampling | None = None, constrained: bool = True
     ) -> list[list[int]]:
         """VQ indices of one image per prompt, raster order; exactly `num_indices` of them when constrained."""
+        return self.draw_encoded([self.encode(prompt) for prompt in prompts], sampling=sampling, constrained=constrained)
+
+    def draw_encoded(
+        self, prompts: Sequence[EncodedPrompt], *, sampling: Sampling | None = None, constrained: bool = True
+    ) -> list[list[int]]:
+        """As `draw`, for prompts that end with `<start_index>` already."""
         allowed = torch.zeros(self.vocabulary.padded_size, dtype=torch.bool)
         allowed[self.vocabulary.first_code_id : self.vocabulary.end_id] = True
         stop: set[int] = set()
@@ -172,28 +192,12 @@ class Generator:
             image.save(paths[-1])
         return paths
 
-    def _generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, allowed: torch.Tensor, stop: set[int], sampling: Sampling
-    ) -> list[list[int]]:
-        """New ids per prompt, without the stop id."""
-        encoded = [self._encode(prompt) for prompt in prompts]
-        results: list[list[int]] = [[] for _ in prompts]
-        by_shape: dict[tuple[Task, int], list[int]] = {}
-        for i, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True)):
-            by_shape.setdefault((prompt.task, len(tokens[0])), []).append(i)
-        with inference_mode(self.model):
-            for members in by_shape.values():
-                for start in range(0, len(members), self.batch_size):
-                    batch = members[start : start + self.batch_size]
-                    rows = self._generate_batch(
-                        prompts[batch[0]].task, [encoded[i] for i in batch], max_new_tokens, allowed, stop, sampling
-                    )
-                    for i, row in zip(batch, rows, strict=True):
-                        results[i] = row
-        return results
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Tokens up to the answer, with image features spliced in.
 
-    def _encode(self, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Spliced ids [t], image mask [t] and pixels [n, 3, H, W] of one prompt."""
+        Raises:
+            SkipSample: an image cannot be read, or their number differs from the placeholders'.
+        """
         ids = encode_prompt(
             prompt.question,
             prompt.task,
@@ -203,16 +207,43 @@ class Generator:
             system_prompt=self.system_prompt,
             num_images=len(prompt.images),
         )
+        return self.splice(prompt.task, torch.tensor(ids), [load_image(image) for image in prompt.images])
+
+    def splice(self, task: Task, tokens: torch.Tensor, images: Sequence[Any]) -> EncodedPrompt:
+        """A prompt from token ids [t] (IMAGE_TOKEN_ID once per image) and RGB images."""
         tower = self.model.tower
-        tokens, image_mask = splice_images(torch.tensor(ids), tower.num_image_tokens)
-        pixels = [clip_preprocess(load_image(image), tower.image_size) for image in prompt.images]
+        spliced, image_mask = splice_images(tokens, tower.num_image_tokens)
+        pixels = [clip_preprocess(image, tower.image_size) for image in images]
         empty = torch.empty(0, 3, tower.image_size, tower.image_size)
-        return tokens, image_mask, torch.stack(pixels) if pixels else empty
+        return EncodedPrompt(
+            task=task, tokens=spliced, image_mask=image_mask, pixel_values=torch.stack(pixels) if pixels else empty
+        )
+
+    def _generate(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        max_new_tokens: int,
+        allowed: torch.Tensor,
+        stop: set[int],
+        sampling: Sampling,
+    ) -> list[list[int]]:
+        """New ids per prompt, without the stop id."""
+        results: list[list[int]] = [[] for _ in prompts]
+        by_shape: dict[tuple[Task, int], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            by_shape.setdefault((prompt.task, len(prompt.tokens)), []).append(i)
+        with inference_mode(self.model):
+            for members in by_shape.values():
+                for start in range(0, len(members), self.batch_size):
+                    batch = members[start : start + self.batch_size]
+                    rows = self._generate_batch([prompts[i] for i in batch], max_new_tokens, allowed, stop, sampling)
+                    for i, row in zip(batch, rows, strict=True):
+                        results[i] = row
+        return results
 
     def _generate_batch(
         self,
-        task: Task,
-        encoded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        prompts: Sequence[EncodedPrompt],
         max_new_tokens: int,
         allowed: torch.Tensor,
         stop: set[int],
@@ -221,9 +252,10 @@ class Generator:
         from megatron.core.inference.contexts import StaticInferenceContext
 
         device = next(self.model.parameters()).device
-        tokens = torch.stack([row[0] for row in encoded]).to(device)  # [b, t]
-        image_mask = torch.stack([row[1] for row in encoded]).to(device)
-        pixels = torch.cat([row[2] for row in encoded]).to(device)
+        task = prompts[0].task
+        tokens = torch.stack([prompt.tokens for prompt in prompts]).to(device)  # [b, t]
+        image_mask: torch.Tensor | None = torch.stack([prompt.image_mask for prompt in prompts]).to(device)
+        pixels: torch.Tensor | None = torch.cat([prompt.pixel_values for prompt in prompts]).to(device)
         num_rows, prompt_length = tokens.shape
         context = StaticInferenceContext(num_rows, prompt_length + max_new_tokens)
         forbidden = ~allowed.to(device)

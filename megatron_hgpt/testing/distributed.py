@@ -58,7 +58,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_entry, args=(rank, world_size, port, results, function, args), daemon=True)
+        context.Process(target=_entry, args=(rank, world_size, port, results, function, args))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -114,7 +114,7 @@ class VQGAN(nn.Module):
         autoencoder = config.ddconfig
         if config.target == GUMBEL and config.embed_dim != autoencoder.z_channels:
             raise ConfigError(
-                f"VQGAN embed_dim={config.embed_dim} must equal ddconfig.z_channels={autoencoder.z_channels} for {GUMBEL}"
+                f"embed_dim={config.embed_dim} must equal ddconfig.z_channels={autoencoder.z_channels} for {GUMBEL}"
             )
         self.num_codes = config.n_embed
         self.resolution = autoencoder.resolution
@@ -201,7 +201,7 @@ class VQGAN(nn.Module):
                 f"indices span {int(indices.min())} to {int(indices.max())}; the codebook has {self.num_codes} entries"
             )
         codes = nn.functional.embedding(indices.view(-1, self._side, self._side), self.quantize.codebook)
-        return self.images(codes.permute(0, 3, 1, 2)).clamp(-1, 1)
+        return self.images(codes.permute(0, 3, 1, 2).contiguous()).clamp(-1, 1)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Resize (LANCZOS, aspect not kept) to float32 [3, R, R] in [-1, 1], on the CPU."""
@@ -236,7 +236,7 @@ def _autoencoder_config(path: Path, values: dict[str, Any]) -> AutoencoderConfig
     config = AutoencoderConfig(**values)
     if not config.ch_mult or config.resolution % 2 ** (len(config.ch_mult) - 1):
         raise ConfigError(
-            f"{path}: ddconfig.resolution={config.resolution} cannot be halved {len(config.ch_mult) - 1} times (ch_mult)"
+            f"{path}: ddconfig.resolution={config.resolution} does not fit ddconfig.ch_mult={config.ch_mult}"
         )
     if any(config.ch * factor % 32 for factor in (1, *config.ch_mult)):
         raise ConfigError(f"{path}: ddconfig.ch={config.ch} must be a multiple of 32 (group normalisation)")

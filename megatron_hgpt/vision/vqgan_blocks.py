@@ -56,6 +56,7 @@ class ResnetBlock(nn.Module):
             self.register_module("nin_shortcut", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, in_channels, h, w] to [n, out_channels, h, w]."""
         hidden = self.conv1(functional.silu(self.norm1(x)))
         hidden = self.conv2(self.dropout(functional.silu(self.norm2(hidden))))
         return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -70,6 +71,7 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, channels, h, w], kept."""
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         attended = functional.scaled_dot_product_attention(q, k, v)[:, 0]  # scale 1 / sqrt(channels), as in taming
@@ -84,6 +86,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, channels, h, w] to [n, channels, h/2, w/2]."""
         return self.conv(functional.pad(x, (0, 1, 0, 1)))
 
 
@@ -95,6 +98,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, channels, h, w] to [n, channels, 2h, 2w]."""
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -153,6 +157,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         hidden = self.conv_in(images)
         for level in self.down:
             hidden = level(hidden)
@@ -183,6 +188,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)

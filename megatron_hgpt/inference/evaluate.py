@@ -1,0 +1,128 @@
+"""Ask a trained model a whole test file: answers for comprehension records, pictures for generation records.
+
+Samples are split over data-parallel ranks; rank 0 gathers, in file order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hgpt.data.samples import Sample, Task
+from megatron_hgpt.errors import SkipSample
+from megatron_hgpt.evaluation.results import ImageResult, VQAResult
+from megatron_hgpt.inference.generator import Prompt
+from megatron_hgpt.inference.loading import LoadedRun
+from megatron_hgpt.vision.preprocess import load_image
+from megatron_hgpt.vl_health.llava_json import parse_record, read_records
+
+logger = logging.getLogger(__name__)
+
+
+def read_samples(path: Path, image_root: Path) -> tuple[list[Sample], dict[str, int]]:
+    """Samples of a JSON file, and the count of skipped records by reason."""
+    samples, skipped = [], {}
+    for record in read_records(path):
+        try:
+            samples.append(parse_record(record, image_root))
+        except SkipSample as error:
+            logger.warning("record %s skipped: %s", record.get("id"), error)
+            skipped[error.reason] = skipped.get(error.reason, 0) + 1
+    return samples, skipped
+
+
+def answer_samples(run: LoadedRun, samples: Iterable[Sample], *, max_new_tokens: int) -> list[VQAResult]:
+    """Ask the first question of each conversation greedily."""
+    samples = list(samples)
+    prompts = [
+        Prompt(task=Task.COMPREHENSION, question=sample.turns[0].text, images=list(sample.images)) for sample in samples
+    ]
+    given = run.generator.answer(prompts, max_new_tokens=max_new_tokens)
+    return [
+        VQAResult(
+            sample_id=sample.sample_id,
+            question=sample.turns[0].text.replace("<image>", "").strip(),
+            image=load_image(sample.images[0]) if sample.images else None,
+            expected=sample.turns[1].text.strip(),
+            given=answer,
+            question_type=str(sample.metadata.get("question_type", "")),
+        )
+        for sample, answer in zip(samples, given, strict=True)
+    ]
+
+
+def draw_samples(run: LoadedRun, samples: Iterable[Sample]) -> list[ImageResult]:
+    """Draw each generation record's picture; targets are compared at the VQGAN's resolution."""
+    vqgan = run.require_vqgan()
+    samples = [sample for sample in samples if sample.target_image is not None]
+    prompts = [
+        Prompt(task=Task.GENERATION, question=sample.turns[0].text, images=list(sample.images)) for sample in samples
+    ]
+    drawn = run.generator.draw_images(prompts, vqgan)
+    results = []
+    for sample, output in zip(samples, drawn, strict=True):
+        target = vqgan.preprocess(load_image(sample.target_image)).unsqueeze(0).to(run.context.device)
+        with torch.inference_mode():
+            round_trip = vqgan.decode(vqgan.encode(target))[0]
+        results.append(
+            ImageResult(
+                sample_id=sample.sample_id,
+                instruction=sample.turns[0].text.replace("<image>", "").strip(),
+                input=load_image(sample.images[0]) if sample.images else None,
+                target=vqgan.to_pil(target[0]),
+                round_trip=vqgan.to_pil(round_trip),
+                output=output,
+                kind=str(sample.metadata.get("kind", "")),
+            )
+        )
+    return results
+
+
+def evaluate(
+    run: LoadedRun,
+    path: Path,
+    image_root: Path,
+    *,
+    max_vqa: int | None = None,
+    max_images: int | None = None,
+    max_new_tokens: int = 64,
+) -> tuple[list[VQAResult], list[ImageResult]] | None:
+    """All results in file order on rank 0, None on the others.
+
+    Args:
+        run: the model.
+        path: JSON or JSON-lines file in the upstream schema.
+        image_root: folder its image paths are relative to.
+        max_vqa, max_images: at most so many of each, evenly spaced over the file; None takes all.
+        max_new_tokens: limit of one answer, tokens.
+    """
+    samples, _ = read_samples(path, image_root)
+    limits = {Task.COMPREHENSION: max_vqa, Task.GENERATION: max_images}
+    chosen = {task: _evenly([s for s in samples if s.task is task], limit) for task, limit in limits.items()}
+    rank, size = run.context.dp_rank, run.context.dp_size
+    mine: tuple[list[Any], list[Any]] = (
+        answer_samples(run, chosen[Task.COMPREHENSION][rank::size], max_new_tokens=max_new_tokens),
+        draw_samples(run, chosen[Task.GENERATION][rank::size]),
+    )
+    if run.context.world_size == 1:
+        return mine
+    gathered: list[Any] | None = [None] * run.context.world_size if run.context.is_writer else None
+    # Tensor-parallel peers hold the same results: only the first of each replica sends its own.
+    torch.distributed.gather_object(mine if run.context.tp_rank == 0 else ([], []), gathered)
+    if gathered is None:
+        return None
+    order = {sample.sample_id: i for i, sample in enumerate(samples)}
+    return tuple(  # type: ignore[return-value]
+        sorted((result for part in gathered for result in part[kind]), key=lambda result: order[result.sample_id])
+        for kind in (0, 1)
+    )
+
+
+def _evenly(items: list[Sample], limit: int | None) -> list[Sample]:
+    if limit is None or len(items) <= limit:
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

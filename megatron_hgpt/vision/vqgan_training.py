@@ -1,0 +1,205 @@
+"""Training a small VQGAN from scratch on a CPU, for demonstrations and tests.
+
+No adversarial and no perceptual loss: the continuous autoencoder first, then k-means puts the codebook where the latents
+are (so that no code is dead), then the decoder learns to draw from codes. The encoder no longer changes in that part,
+and the projection is set so that the argmax of `GumbelVQ` is exactly the nearest codebook row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch.nn import functional
+
+from megatron_hgpt.errors import ConfigError, DataError
+from megatron_hgpt.vision.vqgan import GUMBEL, VQGAN, VQGANConfig
+from megatron_hgpt.vision.vqgan_blocks import AutoencoderConfig
+
+logger = logging.getLogger(__name__)
+
+_BATCH_SIZE = 16
+_LEARNING_RATE = 2e-3
+_CONTINUOUS_PART = 0.6
+_KMEANS_ROUNDS = 20
+_EMBED_DIM = 32
+
+
+def train_vqgan(
+    images: Sequence[Image.Image],
+    folder: Path,
+    *,
+    resolution: int = 64,
+    num_codes: int = 256,
+    num_steps: int,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> dict[str, float]:
+    """Train an f=8 VQGAN on `images` and write `model.yaml` and `last.ckpt`.
+
+    Args:
+        images: at least one; each is resized to resolution x resolution.
+        folder: must not exist yet, or be empty; it appears with both files or not at all.
+        resolution: side R of the images, pixels; a multiple of 8. An image has (R / 8)² indices.
+        num_steps: optimizer steps of both parts together.
+        progress: called after every step with its number (from 1) and the loss.
+
+    Returns:
+        `psnr` (dB, of images in [0, 1], over all training images together), `codes_used` (of `num_codes`), `seconds`.
+
+    Raises:
+        ConfigError: a number is out of its range.
+        DataError: no images, or fewer latents than codes.
+    """
+    if resolution < 8 or resolution % 8:
+        raise ConfigError(f"resolution={resolution} must be a positive multiple of 8")
+    if num_steps < 2:
+        raise ConfigError(f"num_steps={num_steps} must be at least 2: one for the autoencoder, one for the decoder")
+    if num_codes < 1 or len(images) * (resolution // 8) ** 2 < num_codes:
+        raise DataError(f"{len(images)} images of {resolution} pixels have too few latents for num_codes={num_codes}")
+    start = time.perf_counter()
+    config = _config(resolution, num_codes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VQGAN(config)
+    pixels = torch.stack([model.preprocess(image) for image in images])
+    split = min(max(1, round(num_steps * _CONTINUOUS_PART)), num_steps - 1)
+
+    def reconstruct(batch: torch.Tensor) -> torch.Tensor:
+        return model.images(model.latents(batch))
+
+    def draw_codes(batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            indices = model.quantize.logits(model.latents(batch)).argmax(dim=1)
+            codes = functional.embedding(indices, model.quantize.codebook).permute(0, 3, 1, 2)
+        return model.images(codes)
+
+    decoder = [*model.post_quant_conv.parameters(), *model.decoder.parameters()]
+    encoder = [*model.encoder.parameters(), *model.quant_conv.parameters()]
+    _fit(encoder + decoder, reconstruct, _batches(pixels, split, generator), split, 0, progress)
+    _set_codebook(model, pixels, generator)
+    _fit(decoder, draw_codes, _batches(pixels, num_steps - split, generator), num_steps - split, split, progress)
+    result = _evaluate(model, pixels) | {"seconds": time.perf_counter() - start}
+    _write(folder, config, model)
+    logger.info("VQGAN: %.2f dB, %d of %d codes, %.0f s", *list(result.values())[:2], num_codes, result["seconds"])
+    return result
+
+
+def _config(resolution: int, num_codes: int) -> VQGANConfig:
+    autoencoder = AutoencoderConfig(
+        z_channels=_EMBED_DIM,
+        resolution=resolution,
+        in_channels=3,
+        out_ch=3,
+        ch=32,
+        ch_mult=(1, 1, 2, 4),
+        num_res_blocks=1,
+        attn_resolutions=(),
+    )
+    return VQGANConfig(target=GUMBEL, embed_dim=_EMBED_DIM, n_embed=num_codes, ddconfig=autoencoder)
+
+
+def _batches(pixels: torch.Tensor, num_steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Random batches; half of the images are mirrored."""
+    for _ in range(num_steps):
+        batch = pixels[torch.randint(len(pixels), (min(_BATCH_SIZE, len(pixels)),), generator=generator)]
+        mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+        yield torch.where(mirrored, batch.flip(3), batch)
+
+
+def _fit(
+    parameters: list[torch.nn.Parameter],
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterator[torch.Tensor],
+    num_steps: int,
+    first_step: int,
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * num_steps + 1)) * (1 - step / num_steps)
+    )
+    for step, batch in enumerate(batches, start=first_step + 1):
+        output = forward(batch)
+        loss = functional.mse_loss(output, batch) + 0.1 * functional.l1_loss(output, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss.item())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _set_codebook(model: VQGAN, pixels: torch.Tensor, generator: torch.Generator) -> None:
+    """Put the codes at the k-means centres of the latents, and the projection at the nearest code's argmax."""
+    views = torch.cat([pixels, pixels.flip(3)])
+    latents = torch.cat([model.latents(batch) for batch in views.split(_BATCH_SIZE)])
+    points = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    centres = _kmeans(points, model.num_codes, generator)
+    model.quantize.codebook.copy_(centres)
+    # -|z - e|² = 2 z·e - |e|² + a term that is the same for every code
+    model.quantize.proj.weight.copy_(2 * centres[:, :, None, None])
+    model.quantize.proj.bias.copy_(-centres.square().sum(dim=1))
+
+
+def _kmeans(points: torch.Tensor, num_centres: int, generator: torch.Generator) -> torch.Tensor:
+    """Lloyd's algorithm from k-means++ seeds; a centre that loses all points moves to a random point."""
+    nearest = torch.full((len(points),), float("inf"))
+    chosen = int(torch.randint(len(points), (1,), generator=generator))
+    seeds = []
+    for _ in range(num_centres):
+        seeds.append(chosen)
+        nearest = torch.minimum(nearest, (points - points[chosen]).square().sum(dim=1))
+        chosen = int(torch.multinomial(nearest + 1e-12, 1, generator=generator))
+    centres = points[seeds]
+    for _ in range(_KMEANS_ROUNDS):
+        owner = torch.cdist(points, centres).argmin(dim=1)
+        counts = torch.bincount(owner, minlength=num_centres)
+        sums = torch.zeros_like(centres).index_add_(0, owner, points)
+        spare = points[torch.randint(len(points), (num_centres,), generator=generator)]
+        centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), spare)
+    return centres
+
+
+@torch.no_grad()
+def _evaluate(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
+    indices = torch.cat([model.encode(batch) for batch in pixels.split(_BATCH_SIZE)])
+    drawn = torch.cat([model.decode(batch) for batch in indices.split(_BATCH_SIZE)])
+    error = ((drawn - pixels) / 2).square().mean()
+    return {"psnr": float(-10 * torch.log10(error)), "codes_used": len(indices.unique())}
+
+
+def _write(folder: Path, config: VQGANConfig, model: VQGAN) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        (temporary / "model.yaml").write_text(yaml.safe_dump(_model_yaml(config), sort_keys=False))
+        torch.save({"state_dict": model.state_dict()}, temporary / "last.ckpt")
+        temporary.rename(folder)  # replaces an empty folder, fails on any other
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _model_yaml(config: VQGANConfig) -> dict[str, Any]:
+    autoencoder = dataclasses.asdict(config.ddconfig)
+    autoencoder |= {name: list(autoencoder[name]) for name in ("ch_mult", "attn_resolutions")}
+    params = {"embed_dim": config.embed_dim, "n_embed": config.n_embed, "ddconfig": autoencoder}
+    return {"model": {"target": config.target, "params": params}}
