@@ -147,7 +147,7 @@ def build_tower(folder: Path, *, seed: int) -> None:
 
 
 def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> None:
-    """Small VQGAN trained on the training pictures (64 x 64 pixels, 8 x 8 indices, 256 codes)."""
+    """Small GumbelVQ trained on the training pictures (64 x 64 pixels, 8 x 8 indices, 256 codes)."""
     from PIL import Image
 
     from megatron_hgpt.vision import vqgan_training
@@ -155,19 +155,13 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
     card = json.loads((dataset / "sources.json").read_text())
     files = [dataset / picture["image"] for picture in card["pictures"] if picture["split"] == "train"]
     code = _code(*(f"megatron_hgpt.vision.{module}" for module in ("vqgan_training", "vqgan", "vqgan_blocks")))
-    inputs = {"images": _digest(*files), "config": vqgan_config(), "num_steps": num_steps, "seed": seed, "code": code}
+    settings = {"resolution": VQGAN["resolution"], "num_codes": VQGAN["num_codes"], "num_steps": num_steps, "seed": seed}
+    inputs = {"images": _digest(*files), **settings, "code": code}
     with step("vqgan", folder, inputs) as target:
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]
-            vqgan_training.train_vqgan(images, inputs["config"], target, num_steps=num_steps, seed=seed)
-
-
-def vqgan_config() -> dict[str, Any]:
-    """Content of the VQGAN's model.yaml: f=8 as HealthGPT's, a quarter of its channels, nearest-row quantisation."""
-    autoencoder = {"z_channels": 32, "resolution": VQGAN["resolution"], "in_channels": 3, "out_ch": 3, "ch": 32,
-                   "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [8]}  # fmt: skip
-    params = {"embed_dim": 32, "n_embed": VQGAN["num_codes"], "ddconfig": autoencoder}
-    return {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
+            figures = vqgan_training.train_vqgan(images, target, **settings)
+            print(f"  round trip {figures['psnr']:.1f} dB, {figures['codes_used']:.0f} codes used", flush=True)
 
 
 def _text_vocab_size(folder: Path) -> int:

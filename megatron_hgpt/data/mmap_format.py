@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hgpt import cpu_platform
 from megatron_hgpt.data.samples import TASKS, Task
 from megatron_hgpt.errors import DataError
 
@@ -72,6 +74,7 @@ class DatasetWriter:
         self._listed: list[dict[str, str]] = []
 
     def __enter__(self) -> DatasetWriter:
+        cpu_platform.install_if_needed()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -192,19 +195,27 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> dict[str, 
         missing = [key for key in ("schema_version",) if key not in manifest]
         if manifest.get("schema_version") == SCHEMA_VERSION:
             missing = [key for key in _REQUIRED if key not in manifest]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a JSON object ({error}); write the dataset again") from error
     if missing:
         raise DataError(f"{path} has no field {missing[0]!r}; write the dataset again")
     if manifest["schema_version"] != SCHEMA_VERSION:
         found = manifest["schema_version"]
         raise DataError(f"{path}: schema version {found}, this package reads {SCHEMA_VERSION}; write the dataset again")
+    for key in ("tokenizer", "template", "vocabulary", "counts", "files"):
+        if not isinstance(manifest[key], dict):
+            raise DataError(f"{path}: {key} is {manifest[key]!r}, not a mapping; write the dataset again")
+    if type(manifest["counts"].get("samples")) is not int:
+        raise DataError(f"{path} has no number counts.samples; write the dataset again")
     expected = {f"{stream}.{ending}" for stream in _STREAMS for ending in ("bin", "idx")} | {"tasks.npy"}
-    absent = sorted(expected - set(manifest["files"]))
+    entries = manifest["files"]
+    absent = sorted(
+        n for n in expected if not isinstance(entries.get(n), dict) or {"bytes", "sha256"} - set(entries[n])
+    )
     if absent:
-        raise DataError(f"{path} does not list {absent[0]}; write the dataset again")
+        raise DataError(f"{path} does not list {absent[0]} with bytes and sha256; write the dataset again")
     for name in sorted(expected):
-        file, entry = folder / name, manifest["files"][name]
+        file, entry = folder / name, entries[name]
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             size = file.stat().st_size if file.is_file() else "no"
             raise DataError(f"{file}: {size} bytes, {MANIFEST} says {entry['bytes']}; copy or write the dataset again")
@@ -221,11 +232,12 @@ class DatasetReader:
     """
 
     def __init__(self, folder: Path, *, verify_checksums: bool = False) -> None:
+        cpu_platform.install_if_needed()
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self.folder = folder
         self.manifest = read_manifest(folder, verify_checksums=verify_checksums)
-        self._num_samples = int(self.manifest["counts"]["samples"])
+        self._num_samples: int = self.manifest["counts"]["samples"]
         self._streams: dict[str, Any] = {}
         for name in _STREAMS:
             # An empty file cannot be mapped: a dataset without pictures has an empty images.bin.
@@ -233,7 +245,7 @@ class DatasetReader:
                 continue
             try:
                 self._streams[name] = IndexedDataset(str(folder / name))
-            except (AssertionError, ValueError, OSError) as error:
+            except (AssertionError, ValueError, KeyError, struct.error, OSError) as error:
                 raise DataError(f"{folder / name}.idx cannot be read ({error}); write the dataset again") from error
             found = len(self._streams[name].document_indices) - 1
             if found != self._num_samples:
@@ -270,4 +282,5 @@ class DatasetReader:
         if data is None:
             return []
         first, end = data.document_indices[index], data.document_indices[index + 1]
-        return [data[int(i)] for i in range(first, end)]
+        # Copies: Megatron's reader unmaps its file when it is collected, whatever views are still about.
+        return [data[int(i)].copy() for i in range(first, end)]

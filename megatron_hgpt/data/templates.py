@@ -1,8 +1,8 @@
 """Chat templates and the loss mask (spec section 3: HealthGPT release, llava/conversation.py).
 
 A conversation becomes a list of segments: template text (control tokens), user or assistant text (never control
-tokens), images, VQ indices. Segments are tokenised one by one and the mask is built from them, never by searching the text.
-Adjacent template pieces are one segment, so that white space between them is tokenised as in the whole string.
+tokens), images, VQ indices. Segments are tokenised one by one and the mask is built from them, never by searching the
+text. Adjacent template pieces are one segment, so that white space between them is tokenised as in the whole string.
 """
 
 from __future__ import annotations

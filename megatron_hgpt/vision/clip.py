@@ -58,7 +58,10 @@ class HVPTower(nn.Module):
             CheckpointError: the folder lacks tensors or does not fit the configured sizes.
         """
         clip = _load(Path(vision.tower), vision) if vision.tower else _random(vision)
-        depths = {Task.COMPREHENSION: vision.comprehension_hidden_state, Task.GENERATION: vision.generation_hidden_state}
+        depths = {
+            Task.COMPREHENSION: vision.comprehension_hidden_state,
+            Task.GENERATION: vision.generation_hidden_state,
+        }
         num_layers = int(clip.config.num_hidden_layers)
         return cls(clip, {task: _blocks_for(task, depths[task], num_layers) for task in tasks})
 
@@ -105,6 +108,7 @@ def _random(vision: VisionConfig) -> CLIPVisionModel:
 
 
 def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
+    from safetensors import SafetensorError
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     if not (folder / "config.json").is_file():
@@ -125,7 +129,7 @@ def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
             dtype=torch.float32,
             attn_implementation="sdpa",
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the CLIP tower from {folder}: {error}") from error
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
     if missing or info["mismatched_keys"]:

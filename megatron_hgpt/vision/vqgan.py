@@ -154,6 +154,11 @@ class VQGAN(nn.Module):
         """What is quantised: [n, embed_dim, R/f, R/f] of images [n, 3, R, R] in [-1, 1]; differentiable."""
         return self.quant_conv(self.encoder(images))
 
+    def codes(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codebook rows [n, embed_dim, R/f, R/f] of indices [n, num_indices]."""
+        grid = indices.view(-1, self._side, self._side)
+        return nn.functional.embedding(grid, self.quantize.codebook).permute(0, 3, 1, 2).contiguous()
+
     def images(self, codes: torch.Tensor) -> torch.Tensor:
         """Images [n, 3, R, R], not clamped, of codebook rows [n, embed_dim, R/f, R/f]; differentiable."""
         return self.decoder(self.post_quant_conv(codes))
@@ -200,8 +205,7 @@ class VQGAN(nn.Module):
             raise DataError(
                 f"indices span {int(indices.min())} to {int(indices.max())}; the codebook has {self.num_codes} entries"
             )
-        codes = nn.functional.embedding(indices.view(-1, self._side, self._side), self.quantize.codebook)
-        return self.images(codes.permute(0, 3, 1, 2).contiguous()).clamp(-1, 1)
+        return self.images(self.codes(indices)).clamp(-1, 1)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Resize (LANCZOS, aspect not kept) to float32 [3, R, R] in [-1, 1], on the CPU."""

@@ -1,18 +1,19 @@
 """Training a small VQGAN from scratch on a CPU, for demonstrations and tests.
 
-No adversarial and no perceptual loss: the continuous autoencoder first, then k-means puts the codebook where the latents
-are (so that no code is dead), then the decoder learns to draw from codes. The encoder no longer changes in that part,
-and the projection is set so that the argmax of `GumbelVQ` is exactly the nearest codebook row.
+No adversarial and no perceptual loss: the continuous autoencoder first, then k-means puts the codebook where the
+latents are (so that no code is dead), then the decoder learns to draw from codes. The encoder no longer changes in that
+part, and the projection is set so that the argmax of `GumbelVQ` is exactly the nearest codebook row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from torch.nn import functional
 
 from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.vision.vqgan import GUMBEL, VQGAN, VQGANConfig
-from megatron_hgpt.vision.vqgan_blocks import AutoencoderConfig
+from megatron_hgpt.vision.vqgan_blocks import AttnBlock, AutoencoderConfig, ResnetBlock
 
 logger = logging.getLogger(__name__)
 
-_BATCH_SIZE = 16
+_BATCH_SIZE = 4
+_EVALUATION_BATCH = 16
 _LEARNING_RATE = 2e-3
 _CONTINUOUS_PART = 0.6
 _KMEANS_ROUNDS = 20
 _EMBED_DIM = 32
+_LR_POWER = 1.0
 
 
 def train_vqgan(
@@ -72,23 +75,17 @@ def train_vqgan(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VQGAN(config)
+    _start_as_identity(model)
     pixels = torch.stack([model.preprocess(image) for image in images])
     split = min(max(1, round(num_steps * _CONTINUOUS_PART)), num_steps - 1)
 
-    def reconstruct(batch: torch.Tensor) -> torch.Tensor:
-        return model.images(model.latents(batch))
-
-    def draw_codes(batch: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            indices = model.quantize.logits(model.latents(batch)).argmax(dim=1)
-            codes = functional.embedding(indices, model.quantize.codebook).permute(0, 3, 1, 2)
-        return model.images(codes)
-
+    views = torch.cat([pixels, pixels.flip(3)])  # mirrored images teach as much as others
     decoder = [*model.post_quant_conv.parameters(), *model.decoder.parameters()]
     encoder = [*model.encoder.parameters(), *model.quant_conv.parameters()]
-    _fit(encoder + decoder, reconstruct, _batches(pixels, split, generator), split, 0, progress)
-    _set_codebook(model, pixels, generator)
-    _fit(decoder, draw_codes, _batches(pixels, num_steps - split, generator), num_steps - split, split, progress)
+    fit = functools.partial(_fit, targets=views, generator=generator, progress=progress)
+    fit(encoder + decoder, lambda batch: model.images(model.latents(batch)), views, steps=range(split))
+    _set_codebook(model, views, generator)
+    fit(decoder, model.images, _codes(model, views), steps=range(split, num_steps))
     result = _evaluate(model, pixels) | {"seconds": time.perf_counter() - start}
     _write(folder, config, model)
     logger.info("VQGAN: %.2f dB, %d of %d codes, %.0f s", *list(result.values())[:2], num_codes, result["seconds"])
@@ -109,53 +106,63 @@ def _config(resolution: int, num_codes: int) -> VQGANConfig:
     return VQGANConfig(target=GUMBEL, embed_dim=_EMBED_DIM, n_embed=num_codes, ddconfig=autoencoder)
 
 
-def _batches(pixels: torch.Tensor, num_steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Random batches; half of the images are mirrored."""
-    for _ in range(num_steps):
-        batch = pixels[torch.randint(len(pixels), (min(_BATCH_SIZE, len(pixels)),), generator=generator)]
-        mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-        yield torch.where(mirrored, batch.flip(3), batch)
+@torch.no_grad()
+def _start_as_identity(model: VQGAN) -> None:
+    """Zero the last layer of every residual branch: far fewer steps until pictures appear."""
+    for module in model.modules():
+        if isinstance(module, ResnetBlock):
+            module.conv2.weight.zero_()
+        elif isinstance(module, AttnBlock):
+            module.proj_out.weight.zero_()
 
 
 def _fit(
     parameters: list[torch.nn.Parameter],
     forward: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterator[torch.Tensor],
-    num_steps: int,
-    first_step: int,
+    inputs: torch.Tensor,
+    *,
+    targets: torch.Tensor,
+    steps: range,
+    generator: torch.Generator,
     progress: Callable[[int, float], None] | None,
 ) -> None:
+    """Teach `forward(inputs[i])` to be `targets[i]`; only `parameters` change."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * num_steps + 1)) * (1 - step / num_steps)
-    )
-    for step, batch in enumerate(batches, start=first_step + 1):
-        output = forward(batch)
-        loss = functional.mse_loss(output, batch) + 0.1 * functional.l1_loss(output, batch)
+    warmup = max(1, len(steps) // 20)
+    for i, step in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min((i + 1) / warmup, (1 - i / len(steps)) ** _LR_POWER)
+        chosen = torch.randint(len(inputs), (_BATCH_SIZE,), generator=generator)
+        output, target = forward(inputs[chosen]), targets[chosen]
+        loss = functional.mse_loss(output, target) + 0.1 * functional.l1_loss(output, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
         if progress is not None:
-            progress(step, loss.item())
+            progress(step + 1, loss.item())
     for parameter in parameters:
         parameter.requires_grad_(False)
 
 
 @torch.no_grad()
-def _set_codebook(model: VQGAN, pixels: torch.Tensor, generator: torch.Generator) -> None:
+def _set_codebook(model: VQGAN, views: torch.Tensor, generator: torch.Generator) -> None:
     """Put the codes at the k-means centres of the latents, and the projection at the nearest code's argmax."""
-    views = torch.cat([pixels, pixels.flip(3)])
-    latents = torch.cat([model.latents(batch) for batch in views.split(_BATCH_SIZE)])
+    latents = torch.cat([model.latents(batch) for batch in views.split(_EVALUATION_BATCH)])
     points = latents.permute(0, 2, 3, 1).flatten(0, 2)
     centres = _kmeans(points, model.num_codes, generator)
     model.quantize.codebook.copy_(centres)
     # -|z - e|² = 2 z·e - |e|² + a term that is the same for every code
     model.quantize.proj.weight.copy_(2 * centres[:, :, None, None])
     model.quantize.proj.bias.copy_(-centres.square().sum(dim=1))
+
+
+@torch.no_grad()
+def _codes(model: VQGAN, views: torch.Tensor) -> torch.Tensor:
+    """Codebook rows of the images, [n, embed_dim, R/8, R/8]."""
+    indices = torch.cat([model.encode(batch) for batch in views.split(_EVALUATION_BATCH)])
+    return model.codes(indices)
 
 
 def _kmeans(points: torch.Tensor, num_centres: int, generator: torch.Generator) -> torch.Tensor:
@@ -179,8 +186,8 @@ def _kmeans(points: torch.Tensor, num_centres: int, generator: torch.Generator) 
 
 @torch.no_grad()
 def _evaluate(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
-    indices = torch.cat([model.encode(batch) for batch in pixels.split(_BATCH_SIZE)])
-    drawn = torch.cat([model.decode(batch) for batch in indices.split(_BATCH_SIZE)])
+    indices = torch.cat([model.encode(batch) for batch in pixels.split(_EVALUATION_BATCH)])
+    drawn = torch.cat([model.decode(batch) for batch in indices.split(_EVALUATION_BATCH)])
     error = ((drawn - pixels) / 2).square().mean()
     return {"psnr": float(-10 * torch.log10(error)), "codes_used": len(indices.unique())}
 

@@ -1,0 +1,102 @@
+"""Tokenizers of both families, and dataset folders of synthetic samples."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_hgpt.data.dataset import describe_vocabulary
+from megatron_hgpt.data.mmap_format import DatasetWriter
+from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, Task
+from megatron_hgpt.data.templates import resolve_system_prompt
+from megatron_hgpt.data.tokenizer import TextTokenizer
+from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.testing.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("sentencepiece"))
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE of GPT-2's kind with the chat tokens of Phi-4 and ChatML, and a tool token that is not special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(DEFAULT_TEXTS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    fast.add_tokens(["<tool_call>"])
+    folder = tmp_path_factory.mktemp("bpe")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(sentencepiece_folder: Path) -> TextTokenizer:
+    return TextTokenizer.load(sentencepiece_folder)
+
+
+@pytest.fixture(scope="session")
+def bpe(bpe_folder: Path) -> TextTokenizer:
+    return TextTokenizer.load(bpe_folder)
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[[int], bytes]:
+    """A 12 x 8 picture in one grey per number."""
+
+    def make(grey: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (12, 8), (grey, grey, grey)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    return make
+
+
+VOCABULARY = Vocabulary(text_size=400, num_codes=16, pad_to_multiple=64)
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def make_dataset(png: Callable[[int], bytes]) -> Callable[..., Path]:
+    """Write `tasks` as samples: id "c0", "g1" …, tokens 1, image, 10 + i, 20 + i (the last two supervised)."""
+
+    def make(folder: Path, tasks: Sequence[Task], *, bad: Sequence[int] = (), **changes: Any) -> Path:
+        description: dict[str, Any] = {
+            "tokenizer": {"sha256": "abc", "vocab_size": 400},
+            "template": {"name": "phi3_instruct", "system_prompt": resolve_system_prompt("phi3_instruct", None)},
+            "vocabulary": describe_vocabulary(VOCABULARY),
+            "vq": {"sha256": None, "num_codes": 16, "num_indices": 4},
+        }
+        with DatasetWriter(folder) as writer:
+            for i, task in enumerate(tasks):
+                writer.add(
+                    sample_id=f"{task.value[0]}{i}",
+                    task=task,
+                    tokens=[1, IMAGE_TOKEN_ID, 10 + i, 20 + i],
+                    loss_mask=[False, False, True, True],
+                    images=[b"no picture" if i in bad else png(i)],
+                )
+            writer.finish({**description, **changes})
+        return folder
+
+    return make

@@ -1,0 +1,82 @@
+"""A dataset is refused by a model that it was not made for; a damaged sample is skipped, not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hgpt.data.dataset import VLDataset
+from megatron_hgpt.data.mmap_format import DatasetWriter
+from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, Task
+from megatron_hgpt.errors import DataError, SkipSample
+from megatron_hgpt.model.vocabulary import Vocabulary
+
+Make = Callable[..., Path]
+
+
+def _open(folder: Path, vocabulary: Vocabulary, **changes: Any) -> VLDataset:
+    options: dict[str, Any] = {"vocabulary": vocabulary, "tokenizer_hash": "abc", "template": "phi3_instruct"}
+    return VLDataset(folder, **{**options, **changes})
+
+
+def test_samples(tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary) -> None:
+    dataset = _open(make_dataset(tmp_path / "d", [Task.COMPREHENSION, Task.GENERATION]), vocabulary, num_indices=4)
+    assert len(dataset) == 2
+    assert dataset.tasks.tolist() == [0, 1]
+    sample = dataset[1]
+    assert (sample.sample_id, sample.task) == ("g1", Task.GENERATION)
+    assert torch.equal(sample.tokens, torch.tensor([1, IMAGE_TOKEN_ID, 11, 21]))
+    assert sample.loss_mask.tolist() == [False, False, True, True]
+    assert sample.images[0].size == (12, 8)
+    assert sample.images[0].getpixel((0, 0)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_hash": "other"}, r"tokenizer \(sha256\) of the dataset is 'abc', the model's is 'other'"),
+        ({"template": "plain"}, "template of the dataset is 'phi3_instruct', the model's is 'plain'"),
+        ({"system_prompt": "Hi."}, "system prompt of the dataset is 'You are a helpful AI assistant.'"),
+        ({"num_indices": 5}, "VQ indices per image of the dataset is 4, the model's is 5"),
+        ({"vocabulary": Vocabulary(text_size=401, num_codes=16)}, "vocabulary text_size of the dataset is 400"),
+        ({"vocabulary": Vocabulary(text_size=400, num_codes=8)}, "vocabulary num_codes of the dataset is 16"),
+    ],
+)
+def test_a_dataset_of_another_model_is_refused(
+    tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary, changes: dict[str, Any], message: str
+) -> None:
+    folder = make_dataset(tmp_path / "d", [Task.COMPREHENSION])
+    with pytest.raises(DataError, match=message) as caught:
+        _open(folder, vocabulary, **changes)
+    assert "write the dataset again" in str(caught.value)
+
+
+def test_padding_of_the_vocabulary_does_not_matter(tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary) -> None:
+    folder = make_dataset(tmp_path / "d", [Task.COMPREHENSION])
+    assert len(_open(folder, replace(vocabulary, pad_to_multiple=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "images"), [([1, 2], [b"x"]), ([1, IMAGE_TOKEN_ID], []), ([1, 419], []), ([-5, 2], [])]
+)
+def test_corrupt_sample(
+    tmp_path: Path, vocabulary: Vocabulary, make_dataset: Make, tokens: list[int], images: list[bytes]
+) -> None:
+    assert vocabulary.size == 419
+    reference = _open(make_dataset(tmp_path / "reference", [Task.COMPREHENSION]), vocabulary).manifest
+    with DatasetWriter(tmp_path / "d") as writer:
+        writer.add(sample_id="a", task=Task.COMPREHENSION, tokens=tokens, loss_mask=[False, True], images=images)
+        writer.finish({key: reference[key] for key in ("tokenizer", "template", "vocabulary", "vq")})
+    with pytest.raises(SkipSample, match="corrupt_sample"):
+        _open(tmp_path / "d", vocabulary)[0]
+
+
+def test_unreadable_picture_is_skipped(tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary) -> None:
+    dataset = _open(make_dataset(tmp_path / "d", [Task.COMPREHENSION], bad=[0]), vocabulary)
+    with pytest.raises(SkipSample, match="unreadable_image"):
+        dataset[0]
