@@ -121,4 +121,6 @@ def _image_sampler(
 
 def _configure_logging(is_writer: bool) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.WARNING)
+    logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.ERROR)
+    # It announces at every start, as warnings, that its optional machinery is off.
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

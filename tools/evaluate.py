@@ -1,6 +1,6 @@
 """Evaluate a trained run on a JSON file: answers scored by exact match, pictures by SSIM, PSNR and MSE.
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --run runs/demo/stage3 --data runs/demo/assets/vl_health_mini/test.json \
+    torchrun --nproc-per-node 2 tools/evaluate.py --checkpoint runs/demo/stage3 --data runs/demo/assets/vl_health_mini/test.json \
         --split held-out --output runs/demo/evaluation/held-out
 
 Processes beyond --tensor-parallel share the samples. The output folder holds results.json and the pictures.
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="run folder or checkpoint folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
     parser.add_argument(
         "--data", action="append", required=True, metavar="[SPLIT=]FILE", help="test file; repeat for several splits"
     )
@@ -39,7 +39,7 @@ def main() -> int:
     from megatron_hgpt.inference.loading import load_run
 
     try:
-        run = load_run(arguments.run, tensor_parallel=arguments.tensor_parallel, overrides=arguments.overrides)
+        run = load_run(arguments.checkpoint, tensor_parallel=arguments.tensor_parallel, overrides=arguments.overrides)
         for item in arguments.data:
             name, separator, path = item.rpartition("=")
             file = Path(path)

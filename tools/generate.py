@@ -1,7 +1,7 @@
 """Ask a trained HealthGPT one question, or have it draw.
 
-    python tools/generate.py --run runs/demo/stage3 --image ct.png --question "What is the modality of this image?"
-    python tools/generate.py --run runs/demo/stage3 --image ct.png --question "Reconstruct the image." --draw out.png
+    python tools/generate.py --checkpoint runs/demo/stage3 --image ct.png --question "What is the modality of this image?"
+    python tools/generate.py --checkpoint runs/demo/stage3 --image ct.png --question "Reconstruct the image." --draw out.png
 
 The `<image>` placeholders are put in front of the question, one per --image, unless it has them already.
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="run folder or checkpoint folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder or checkpoint folder")
     parser.add_argument("--question", required=True)
     parser.add_argument("--image", type=Path, action="append", default=[])
     parser.add_argument("--draw", type=Path, metavar="PNG", help="draw a picture into this file instead of answering")
@@ -37,7 +37,7 @@ def main() -> int:
     from megatron_hgpt.inference.loading import load_run
 
     try:
-        run = load_run(arguments.run, overrides=arguments.overrides)
+        run = load_run(arguments.checkpoint, overrides=arguments.overrides)
         from megatron_hgpt.inference.generator import Prompt, Sampling
 
         question = arguments.question

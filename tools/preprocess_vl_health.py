@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     counts = manifest["counts"]
     skipped = manifest["skipped"] or "none"
-    print(f"{arguments.output}: {counts['samples']} samples {counts['per_task']}, {counts['images']} pictures, ")
+    print(f"{arguments.output}: {counts['samples']} samples {counts['per_task']}, {counts['images']} pictures,")
     print(f"  {counts['tokens']} tokens, {counts['supervised_tokens']} supervised; skipped: {skipped}")
     return 0
 

@@ -102,7 +102,7 @@ def evaluate(output: Path, assets: dict[str, Any], folder: Path, *, max_vqa: int
     processes = min(2, os.cpu_count() or 1)
     limits = [f"--{name}={value}" for name, value in (("max-vqa", max_vqa), ("max-images", max_images)) if value is not None]
     run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         str(ROOT / "tools" / "evaluate.py"), "--run", str(output / "stage3"), "--output", str(output / "evaluation"),
+         str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"), "--output", str(output / "evaluation"),
          "--data", f"train={folder / assets['train']}", "--data", f"held-out={folder / assets['test']}", *limits],
         OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONPATH=str(ROOT))  # fmt: skip
 

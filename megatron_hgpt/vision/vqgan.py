@@ -228,9 +228,10 @@ def _positive(path: Path, name: str, value: Any) -> int:
 
 def _autoencoder_config(path: Path, values: dict[str, Any]) -> AutoencoderConfig:
     known = {field.name for field in fields(AutoencoderConfig)}
-    missing, unknown = sorted(known - {"double_z", "dropout"} - set(values)), sorted(set(values) - known)
+    missing, unknown = sorted(known - {"double_z", "dropout", "norm_groups"} - set(values)), sorted(set(values) - known)
     if missing or unknown:
         raise ConfigError(f"{path}: ddconfig lacks {missing} and has unknown {unknown}; known are {sorted(known)}")
+    _positive(path, "ddconfig.norm_groups", values.get("norm_groups", 32))
     for name in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "num_res_blocks"):
         _positive(path, f"ddconfig.{name}", values[name])
     for name in ("ch_mult", "attn_resolutions"):
@@ -242,8 +243,10 @@ def _autoencoder_config(path: Path, values: dict[str, Any]) -> AutoencoderConfig
         raise ConfigError(
             f"{path}: ddconfig.resolution={config.resolution} does not fit ddconfig.ch_mult={config.ch_mult}"
         )
-    if any(config.ch * factor % 32 for factor in (1, *config.ch_mult)):
-        raise ConfigError(f"{path}: ddconfig.ch={config.ch} must be a multiple of 32 (group normalisation)")
+    if any(config.ch * factor % config.norm_groups for factor in (1, *config.ch_mult)):
+        raise ConfigError(
+            f"{path}: ddconfig.ch={config.ch} must be a multiple of {config.norm_groups}, the groups of normalisation"
+        )
     if config.double_z:
         raise ConfigError(f"{path}: ddconfig.double_z=true is a KL autoencoder; a VQGAN has double_z=false")
     if (config.in_channels, config.out_ch) != (3, 3):

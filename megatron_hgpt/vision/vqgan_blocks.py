@@ -29,6 +29,9 @@ class AutoencoderConfig:
     double_z: bool = False
     """Mean and variance instead of one latent (a KL autoencoder); False in every VQGAN."""
     dropout: float = 0.0
+    norm_groups: int = 32
+    """Groups of every group normalisation: 32 in taming-transformers, whose model.yaml has no such field. With one
+    channel a group, normalisation erases an image's brightness, so small models need fewer groups."""
 
     @property
     def latent_resolution(self) -> int:
@@ -36,18 +39,14 @@ class AutoencoderConfig:
         return self.resolution // 2 ** (len(self.ch_mult) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions around a shortcut (1x1 convolution when the number of channels changes)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int = 32) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -65,9 +64,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention of one head over all positions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,11 +102,11 @@ class Upsample(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -116,10 +115,14 @@ class _Middle(nn.Module):
 class _Level(nn.Module):
     """Residual blocks of one resolution, each with attention where `attention` is set, then `resample` (if any)."""
 
-    def __init__(self, widths: list[int], dropout: float, *, attention: bool, resample: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, widths: list[int], config: AutoencoderConfig, *, attention: bool, resample: dict[str, nn.Module]
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(before, after, dropout) for before, after in pairwise(widths))
-        self.attn = nn.ModuleList(AttnBlock(width) for width in widths[1:] if attention)
+        self.block = nn.ModuleList(
+            ResnetBlock(before, after, config.dropout, config.norm_groups) for before, after in pairwise(widths)
+        )
+        self.attn = nn.ModuleList(AttnBlock(width, config.norm_groups) for width in widths[1:] if attention)
         self.resample_name = next(iter(resample), None)
         for name, module in resample.items():
             self.add_module(name, module)
@@ -145,15 +148,15 @@ class Encoder(nn.Module):
             levels.append(
                 _Level(
                     [before] + [after] * config.num_res_blocks,
-                    config.dropout,
+                    config,
                     attention=resolution in config.attn_resolutions,
                     resample={} if is_last else {"downsample": Downsample(after)},
                 )
             )
             resolution //= 2
         self.down = nn.ModuleList(levels)
-        self.mid = _Middle(widths[-1], config.dropout)
-        self.norm_out = _norm(widths[-1])
+        self.mid = _Middle(widths[-1], config.dropout, config.norm_groups)
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -171,20 +174,20 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * factor for factor in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1], config.dropout)
+        self.mid = _Middle(widths[-1], config.dropout, config.norm_groups)
         levels = []
         for i, width in enumerate(widths):
             before = widths[min(i + 1, len(widths) - 1)]
             levels.append(
                 _Level(
                     [before] + [width] * (config.num_res_blocks + 1),
-                    config.dropout,
+                    config,
                     attention=config.resolution // 2**i in config.attn_resolutions,
                     resample={"upsample": Upsample(width)} if i else {},
                 )
             )
         self.up = nn.ModuleList(levels)
-        self.norm_out = _norm(widths[0])
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 from torch.nn import functional
 
 from megatron_hgpt.errors import ConfigError, DataError
@@ -28,7 +29,7 @@ from megatron_hgpt.vision.vqgan_blocks import AttnBlock, AutoencoderConfig, Resn
 
 logger = logging.getLogger(__name__)
 
-_BATCH_SIZE = 4
+_BATCH_SIZE = 8
 _EVALUATION_BATCH = 16
 _LEARNING_RATE = 2e-3
 _CONTINUOUS_PART = 0.6
@@ -73,9 +74,8 @@ def train_vqgan(
     config = _config(resolution, num_codes)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         model = VQGAN(config)
-    _start_as_identity(model)
+    _initialize(model, generator)
     pixels = torch.stack([model.preprocess(image) for image in images])
     split = min(max(1, round(num_steps * _CONTINUOUS_PART)), num_steps - 1)
 
@@ -98,26 +98,31 @@ def _config(resolution: int, num_codes: int) -> VQGANConfig:
         resolution=resolution,
         in_channels=3,
         out_ch=3,
-        ch=32,
-        ch_mult=(1, 1, 2, 4),
+        ch=16,
+        ch_mult=(1, 2, 4, 4),
         num_res_blocks=1,
         attn_resolutions=(),
+        norm_groups=4,
     )
     return VQGANConfig(target=GUMBEL, embed_dim=_EMBED_DIM, n_embed=num_codes, ddconfig=autoencoder)
 
 
 @torch.no_grad()
-def _start_as_identity(model: VQGAN) -> None:
-    """Zero the last layer of every residual branch: far fewer steps until pictures appear."""
+def _initialize(model: VQGAN, generator: torch.Generator) -> None:
+    """Convolutions that keep the variance (PyTorch's lose the image in their biases) and residual branches that add 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
+            nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, ResnetBlock):
-            module.conv2.weight.zero_()
+            nn.init.zeros_(module.conv2.weight)
         elif isinstance(module, AttnBlock):
-            module.proj_out.weight.zero_()
+            nn.init.zeros_(module.proj_out.weight)
 
 
 def _fit(
-    parameters: list[torch.nn.Parameter],
+    parameters: list[nn.Parameter],
     forward: Callable[[torch.Tensor], torch.Tensor],
     inputs: torch.Tensor,
     *,
@@ -138,7 +143,7 @@ def _fit(
         loss = functional.mse_loss(output, target) + 0.1 * functional.l1_loss(output, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if progress is not None:
             progress(step + 1, loss.item())

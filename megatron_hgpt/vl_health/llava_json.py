@@ -26,6 +26,8 @@ from megatron_hgpt.data.templates import check_image_count
 from megatron_hgpt.errors import DataError, SkipSample
 
 _ROLES = {"human": "user", "gpt": "assistant"}
+_FIELDS = {"id", "image", "images", "conversations", "task", "target_indices", "target_image", "source"}
+"""Fields that become something else than metadata."""
 _INDEX_ANSWER = re.compile(r"(.*?)<start_index>\s*((?:<idx_\d{1,9}>\s*)+)<end_index>\s*", re.DOTALL)
 _INDEX = re.compile(r"<idx_(\d+)>")
 _ANY_IMAGE_TOKEN = re.compile(r"<start_index>|<end_index>|<idx_\d+>")
@@ -63,11 +65,11 @@ def _parse_line(line: str) -> Any:
 
 def parse_record(
     record: Any,
-    *,
     image_root: Path,
-    num_codes: int,
-    num_indices: int,
-    default_id: str,
+    *,
+    num_codes: int | None = None,
+    num_indices: int | None = None,
+    default_id: str = "",
     source: str = "",
 ) -> Sample:
     """One record as a sample; pictures are not opened.
@@ -75,8 +77,8 @@ def parse_record(
     Args:
         record: what `read_records` gave.
         image_root: folder that image paths are relative to.
-        num_codes: codebook entries.
-        num_indices: indices of one image.
+        num_codes: codebook entries; None leaves the indices unchecked.
+        num_indices: indices of one image; None leaves their number unchecked.
         default_id: id of a record without one.
         source: name of the data source of a record without ``"source"``.
 
@@ -106,6 +108,7 @@ def parse_record(
         target_image=_picture(target, image_root) if indices is None and target is not None else None,
         target_indices=indices,
         source=str(record.get("source", source)),
+        metadata={key: value for key, value in record.items() if key not in _FIELDS},
     )
 
 
@@ -164,7 +167,9 @@ def _picture(item: Any, image_root: Path) -> Path | bytes:
     return Path(path)
 
 
-def _indices(record: dict[str, Any], turns: list[Turn], *, num_codes: int, num_indices: int) -> list[int] | None:
+def _indices(
+    record: dict[str, Any], turns: list[Turn], *, num_codes: int | None, num_indices: int | None
+) -> list[int] | None:
     """The indices of the image to draw, from the last answer (they are removed from its text) or from the field."""
     for turn in turns[:-1]:
         if turn.role == "assistant" and _ANY_IMAGE_TOKEN.search(turn.text):
@@ -185,9 +190,9 @@ def _indices(record: dict[str, Any], turns: list[Turn], *, num_codes: int, num_i
         found = listed
     if found is None:
         return None
-    if len(found) != num_indices:
+    if num_indices is not None and len(found) != num_indices:
         raise SkipSample("bad_indices", f"{len(found)} indices, an image has {num_indices}")
-    outside = [index for index in found if not 0 <= index < num_codes]
+    outside = [index for index in found if index < 0 or (num_codes is not None and index >= num_codes)]
     if outside:
-        raise SkipSample("bad_indices", f"index {outside[0]} is outside the codebook of {num_codes} entries")
+        raise SkipSample("bad_indices", f"index {outside[0]} is outside the codebook (entries: {num_codes})")
     return found

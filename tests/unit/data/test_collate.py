@@ -46,9 +46,7 @@ def test_labels_are_the_next_supervised_token() -> None:
 def test_generation_sample_has_a_label_per_answer_token() -> None:
     """1024 indices, start, end, end token: 1027 labels; none on an image feature but the last one."""
     tokens = [1, IMAGE_TOKEN_ID, 5, *range(100, 100 + 1027)]
-    row = expand_sample(
-        _stored(tokens, range(3, 3 + 1027)), num_image_tokens=576, image_size=8, max_seq_length=2048
-    )
+    row = expand_sample(_stored(tokens, range(3, 3 + 1027)), num_image_tokens=576, image_size=8, max_seq_length=2048)
     assert int((row.labels != X).sum()) == 1027
     assert len(row.tokens) == 1 + 576 + 1 + 1027
     assert (row.labels[row.image_mask] == X).all()

@@ -19,8 +19,8 @@ from megatron_hgpt.model.vocabulary import Vocabulary
 Make = Callable[..., Path]
 
 
-def _open(folder: Path, vocabulary: Vocabulary, **changes: Any) -> VLDataset:
-    options: dict[str, Any] = {"vocabulary": vocabulary, "tokenizer_hash": "abc", "template": "phi3_instruct"}
+def _open(folder: Path, model_vocabulary: Vocabulary, **changes: Any) -> VLDataset:
+    options: dict[str, Any] = {"vocabulary": model_vocabulary, "tokenizer_hash": "abc", "template": "phi3_instruct"}
     return VLDataset(folder, **{**options, **changes})
 
 

@@ -189,7 +189,7 @@ def test_refusals(mixed: list[Path], tmp_path: Path, make_dataset: Make) -> None
         _loader(_config())
     with pytest.raises(DataError, match="no generation sample, which the stage trains"):
         _loader(_config([make_dataset(tmp_path / "c", [C])]))
-    with pytest.raises(ConfigError, match="global_batch_size 6 is not a multiple of micro_batch_size 2 x data-parallel"):
+    with pytest.raises(ConfigError, match="global_batch_size 6 is not a multiple of micro_batch_size 2 x data"):
         _loader(_config(mixed), global_batch_size=6, dp_size=2)
     for mixture, message in (
         ({"vqa": 1.0}, "data.mixture vqa: 1.0; give comprehension or generation"),

@@ -18,15 +18,15 @@ KNIGHT = "You are a medieval knight and must provide explanations to modern peop
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 STRINGS = {
-    "phi3_instruct": "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\nIs this CT?<|end|>\n<|assistant|>\nYes, it is."
-    "<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\nyes<|end|>",
-    "phi4_instruct": f"<|im_start|>system<|im_sep|>\n{KNIGHT}<|im_end|>\n<|im_start|>user<|im_sep|>\nIs this CT?<|im_end|>\n"
-    "<|im_start|>assistant<|im_sep|>\nYes, it is.<|im_end|>\n<|im_start|>user<|im_sep|>\nSure?<|im_end|>\n"
-    "<|im_start|>assistant<|im_sep|>\nyes<|im_end|>",
-    "qwen_2": f"<|im_start|>system\n{QWEN}<|im_end|>\n<|im_start|>user\nIs this CT?<|im_end|>\n<|im_start|>assistant\nYes, it is."
-    "<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
-    "smollm2": f"<|im_start|>system\n{SMOL}<|im_end|>\n<|im_start|>user\nIs this CT?<|im_end|>\n<|im_start|>assistant\nYes, it is."
-    "<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
+    "phi3_instruct": "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\nIs this CT?<|end|>\n<|assistant|>\n"
+    "Yes, it is.<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\nyes<|end|>",
+    "phi4_instruct": f"<|im_start|>system<|im_sep|>\n{KNIGHT}<|im_end|>\n<|im_start|>user<|im_sep|>\n"
+    "Is this CT?<|im_end|>\n<|im_start|>assistant<|im_sep|>\nYes, it is.<|im_end|>\n"
+    "<|im_start|>user<|im_sep|>\nSure?<|im_end|>\n<|im_start|>assistant<|im_sep|>\nyes<|im_end|>",
+    "qwen_2": f"<|im_start|>system\n{QWEN}<|im_end|>\n<|im_start|>user\nIs this CT?<|im_end|>\n<|im_start|>assistant\n"
+    "Yes, it is.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
+    "smollm2": f"<|im_start|>system\n{SMOL}<|im_end|>\n<|im_start|>user\nIs this CT?<|im_end|>\n<|im_start|>assistant\n"
+    "Yes, it is.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
 }  # fmt: skip
 
 
