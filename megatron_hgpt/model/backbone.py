@@ -52,27 +52,39 @@ def _refuse(field: str, value: Any, supported: str) -> ConfigError:
     return ConfigError(f"model.hf_config.{field}={value!r} is not supported; supported: {supported}")
 
 
-def _require(config: Mapping[str, Any], field: str) -> Any:
-    if config.get(field) is None:
+def _size(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if value is None:
         raise ConfigError(
             f"model.hf_config lacks {field!r}: give the content of the backbone's config.json, or a preset"
         )
-    return config[field]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _refuse(field, value, "a positive integer")
+    return value
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """theta from `rope_parameters` (transformers 5) or `rope_theta` (4); scaled or partial rotary is refused."""
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if scaling and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
-        raise _refuse("rope_scaling", scaling, "none")
-    if kind != "default":
-        raise _refuse("rope_parameters.rope_type", kind, "default")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise _refuse("partial_rotary_factor", partial, "1.0")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    rope: dict[str, Any] = {"rope_theta": config.get("rope_theta"), "factor": config.get("partial_rotary_factor")}
+    for section in ("rope_scaling", "rope_parameters"):
+        values = dict(config.get(section) or {})
+        rope["rope_theta"] = values.pop("rope_theta", rope["rope_theta"])
+        rope["factor"] = values.pop("partial_rotary_factor", rope["factor"])
+        kinds = {values.pop("rope_type", None), values.pop("type", None)}
+        if values or not kinds <= {None, "default"}:
+            raise _refuse(section, config[section], "rope_type 'default' and rope_theta alone")
+    if rope["factor"] not in (None, 1):
+        raise _refuse("partial_rotary_factor", rope["factor"], "1.0")
+    return 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])  # the default of all three families
+
+
+def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
+    """The window of every layer. transformers reads the field for Phi-3 always, for Qwen2 on demand, for Llama never."""
+    if family == "qwen2" and config.get("use_sliding_window"):
+        raise _refuse("use_sliding_window", True, "false (it would give some layers a window and others none)")
+    if family != "phi3":
+        return None
+    return None if config.get("sliding_window") is None else _size(config, "sliding_window")
 
 
 def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
@@ -88,29 +100,40 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
     if architectures[0] not in _FAMILIES:
         raise _refuse("architectures", architectures[0], ", ".join(_FAMILIES))
     family = _FAMILIES[architectures[0]]
+    if config.get("model_type", family) != family:
+        raise _refuse("model_type", config["model_type"], f"{family}, which {architectures[0]} implies")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise _refuse("hidden_act", config["hidden_act"], "silu")
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            raise _refuse(field, config[field], "False (Qwen2's q, k, v bias is built in)")
-    num_heads, hidden_size = int(_require(config, "num_attention_heads")), int(_require(config, "hidden_size"))
-    sliding_window = config.get("sliding_window")
-    if family == "qwen2" and not config.get("use_sliding_window", False):
-        sliding_window = None
+            raise _refuse(field, config[field], "false (Qwen2's q, k, v bias is built in)")
+    for field in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        if config.get(field):
+            raise _refuse(field, config[field], "0.0")
+    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise _refuse("layer_types", config["layer_types"], "full_attention in every layer")
+    num_heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    num_kv_heads = num_heads
+    if family == "qwen2" or config.get("num_key_value_heads") is not None:
+        num_kv_heads = _size(config, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise _refuse("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads={num_heads}")
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise _refuse("hidden_size", hidden_size, f"a multiple of num_attention_heads={num_heads}, or head_dim beside it")
     return BackboneShape(
         family=family,
-        num_layers=int(_require(config, "num_hidden_layers")),
+        num_layers=_size(config, "num_hidden_layers"),
         hidden_size=hidden_size,
-        ffn_size=int(_require(config, "intermediate_size")),
+        ffn_size=_size(config, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads if config.get("head_dim") is None else _size(config, "head_dim"),
         rope_theta=_rope_theta(config),
         rms_eps=float(config.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6)),
         qkv_bias=family == "qwen2",
         tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(_require(config, "max_position_embeddings")),
-        sliding_window=sliding_window,
+        max_positions=_size(config, "max_position_embeddings"),
+        sliding_window=_sliding_window(config, family),
     )
 
 
@@ -147,7 +170,8 @@ def transformer_config(
     check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
     check_override_names("model.transformer_overrides", model.transformer_overrides, TransformerConfig)
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    fields: dict[str, Any] = {
+    # What other sections decide; an override of these would run a slightly different model, or none.
+    decided: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_size,
@@ -160,8 +184,6 @@ def transformer_config(
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
         "add_qkv_bias": shape.qkv_bias,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": training.precision == "bf16",
@@ -170,11 +192,18 @@ def transformer_config(
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        # Gradients are sums over tokens, divided once by the tokens of the global batch.
+        "calculate_per_token_loss": True,
+    }
+    if shape.sliding_window is not None and shape.sliding_window < model.max_seq_length:
+        # Hugging Face counts the position itself, Megatron the positions to its left.
+        decided["window_size"] = (shape.sliding_window - 1, 0)
+    defaults: dict[str, Any] = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
         # Weights come from files or from name-seeded draws, never from Megatron's layout-dependent ones.
         "perform_initialization": False,
         "use_cpu_initialization": on_cpu,
-        # Gradients are sums over tokens, divided once by the tokens of the global batch.
-        "calculate_per_token_loss": True,
         # It bypasses parameter hooks and breaks on frozen weights.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
@@ -184,15 +213,18 @@ def transformer_config(
         "persist_layer_norm": False,
         "attention_softmax_in_fp32": True,
     }
-    if shape.sliding_window is not None and shape.sliding_window < model.max_seq_length:
-        # Hugging Face counts the position itself, Megatron the positions to its left.
-        fields["window_size"] = (shape.sliding_window - 1, 0)
     if training.recompute == "full":
-        fields.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        defaults.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif training.recompute == "selective":
-        fields.update(recompute_granularity="selective", recompute_modules=["core_attn"])
-    fields.update(model.transformer_overrides)
-    return TransformerConfig(**fields)
+        defaults.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    for name in decided.keys() & model.transformer_overrides.keys():
+        raise ConfigError(
+            f"model.transformer_overrides.{name} is decided by model.hf_config, parallel or training; set it there"
+        )
+    try:
+        return TransformerConfig(**decided, **{**defaults, **model.transformer_overrides})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"megatron.core refuses this configuration (model, parallel, training): {error}") from error
 
 
 def check_override_names(section: str, overrides: Mapping[str, Any], megatron_class: type) -> None:

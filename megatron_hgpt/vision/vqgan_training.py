@@ -35,7 +35,6 @@ _LEARNING_RATE = 2e-3
 _CONTINUOUS_PART = 0.6
 _KMEANS_ROUNDS = 20
 _EMBED_DIM = 32
-_LR_POWER = 1.0
 
 
 def train_vqgan(
@@ -109,7 +108,7 @@ def _config(resolution: int, num_codes: int) -> VQGANConfig:
 
 @torch.no_grad()
 def _initialize(model: VQGAN, generator: torch.Generator) -> None:
-    """Convolutions that keep the variance (PyTorch's lose the image in their biases) and residual branches that add 0."""
+    """Convolutions keep the variance (PyTorch's lose the image in their biases), residual branches add 0 at first."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
@@ -137,7 +136,7 @@ def _fit(
     optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE, betas=(0.9, 0.99))
     warmup = max(1, len(steps) // 20)
     for i, step in enumerate(steps):
-        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min((i + 1) / warmup, (1 - i / len(steps)) ** _LR_POWER)
+        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min((i + 1) / warmup, 1 - i / len(steps))
         chosen = torch.randint(len(inputs), (_BATCH_SIZE,), generator=generator)
         output, target = forward(inputs[chosen]), targets[chosen]
         loss = functional.mse_loss(output, target) + 0.1 * functional.l1_loss(output, target)
