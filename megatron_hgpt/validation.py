@@ -73,6 +73,11 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _one_of("model.template", model.template, tuple(TEMPLATES))
     stage = resolve_stage(training)
     shape = read_backbone(model.hf_config)
+    if model.max_seq_length > shape.max_positions:
+        yield (
+            f"model.max_seq_length={model.max_seq_length} exceeds the backbone's max_position_embeddings="
+            f"{shape.max_positions}; lower it"
+        )
     for name in ("pipeline_model_parallel_size", "context_parallel_size"):
         if getattr(parallel, name) != 1:
             yield f"parallel.{name}={getattr(parallel, name)} is not supported by this version; use 1"

@@ -12,7 +12,10 @@ Phi's checkpoints fuse q|k|v and gate|up already, Llama's and Qwen's do not; bot
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +23,8 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.model.backbone import BackboneShape
+from megatron_hgpt.errors import CheckpointError, ConfigError
+from megatron_hgpt.model.backbone import BackboneShape, read_backbone
 from megatron_hgpt.model.vocabulary import Vocabulary
 
 Reader = Callable[[str], torch.Tensor]
@@ -29,7 +32,7 @@ Reader = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(ABC):
     """One Megatron tensor; subclasses know its layout."""
 
     megatron: str
@@ -37,13 +40,13 @@ class Rule:
     hf: tuple[str, ...]
     """Names in the HF checkpoint, in the order of their rows."""
 
+    @abstractmethod
     def to_megatron(self, parts: list[torch.Tensor], tp_size: int) -> list[torch.Tensor]:
         """The shards, one per tensor-parallel rank."""
-        raise TypeError("use a subclass of Rule")
 
+    @abstractmethod
     def to_hf(self, shards: list[torch.Tensor]) -> list[torch.Tensor]:
         """The HF tensors, in the order of `hf`."""
-        raise TypeError("use a subclass of Rule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,7 @@ def rules(shape: BackboneShape, vocabulary: Vocabulary) -> list[Rule]:
     """The table of one backbone. HF names below: Phi-3 (fused), Llama and Qwen2 (apart)."""
     hf, megatron = "model.layers.{}.", "decoder.layers.{}."
     if shape.fused_qkv:
-        qkv = ("self_attn.qkv_proj",)
+        qkv: tuple[str, ...] = ("self_attn.qkv_proj",)
         fc1: tuple[str, ...] = ("mlp.gate_up_proj",)
     else:
         qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -150,9 +153,7 @@ def rules(shape: BackboneShape, vocabulary: Vocabulary) -> list[Rule]:
         ),
         Direct(megatron=megatron + "input_layernorm.weight", hf=(hf + "input_layernorm.weight",)),
         QKV(megatron=megatron + "self_attention.linear_qkv.weight", hf=names(qkv, "weight"), shape=shape),
-        Direct(
-            megatron=megatron + "self_attention.linear_proj.weight", hf=(hf + "self_attn.o_proj.weight",), axis=1
-        ),
+        Direct(megatron=megatron + "self_attention.linear_proj.weight", hf=(hf + "self_attn.o_proj.weight",), axis=1),
         Direct(megatron=megatron + "pre_mlp_layernorm.weight", hf=(hf + "post_attention_layernorm.weight",)),
         GatedMLP(megatron=megatron + "mlp.linear_fc1.weight", hf=names(fc1, "weight")),
         Direct(megatron=megatron + "mlp.linear_fc2.weight", hf=(hf + "mlp.down_proj.weight",), axis=1),
@@ -188,33 +189,76 @@ def open_checkpoint(folder: Path) -> tuple[set[str], Reader]:
     """Names and a reader of a folder of safetensors files; each tensor is read when it is asked for.
 
     Raises:
-        CheckpointError: no safetensors files, or an index that names a missing file.
+        CheckpointError: no safetensors files, a damaged one, or an index that names a missing file or tensor.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
+
+    handles: dict[str, Any] = {}
+
+    def handle_of(file: str) -> Any:
+        if file not in handles:
+            try:
+                handles[file] = safe_open(folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{folder / file} is not a readable safetensors file: {error}") from error
+        return handles[file]
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files = _read_json(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{index} has no weight_map from tensors to files: download the folder again")
     elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="pt") as handle:
-            files = dict.fromkeys(handle.keys(), "model.safetensors")
+        files = dict.fromkeys(handle_of("model.safetensors").keys(), "model.safetensors")
     else:
         pickled = " (pytorch_model.bin is there: convert it with transformers' save_pretrained)"
         raise CheckpointError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
             f"{pickled if list(folder.glob('pytorch_model*.bin')) else ''}"
         )
-    handles: dict[str, Any] = {}
 
     def read(name: str) -> torch.Tensor:
         file = files[name]
-        if Path(file).name != file or not (folder / file).is_file():
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
             raise CheckpointError(f"{index} names {file!r} for {name}, which is not a file of {folder}")
-        if file not in handles:
-            handles[file] = safe_open(folder / file, framework="pt")
-        return handles[file].get_tensor(name)
+        try:
+            return handle_of(file).get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / file} does not hold {name}: {error}") from error
 
     return set(files), read
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _shape_of(folder: Path, shape: BackboneShape) -> BackboneShape:
+    """`shape` with the folder's tie flag, which is the file's business alone; everything else must agree.
+
+    Raises:
+        CheckpointError: the folder's config.json is missing, unsupported, or describes another model.
+    """
+    try:
+        found = read_backbone(_read_json(folder / "config.json"))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    wanted = dataclasses.replace(shape, tied=found.tied)
+    for field in dataclasses.fields(BackboneShape):
+        there, here = getattr(found, field.name), getattr(wanted, field.name)
+        # A float may have been through fp32 on its way into the file.
+        if there != here and not (isinstance(there, float) and math.isclose(there, here, rel_tol=1e-6)):
+            raise CheckpointError(
+                f"{folder / 'config.json'} gives {field.name}={there}, model.hf_config gives {here}: "
+                "copy the folder's config.json into model.hf_config"
+            )
+    return wanted
 
 
 @torch.no_grad()
@@ -238,9 +282,11 @@ def load_backbone(
         layer_offset: number of layers on earlier pipeline stages.
 
     Raises:
-        CheckpointError: HF tensors without a place, model parameters without a source, or shapes that differ.
+        CheckpointError: another model's config.json, HF tensors without a place, model parameters without a source,
+            or shapes that differ.
     """
     folder = Path(folder)
+    shape = _shape_of(folder, shape)
     present, read = open_checkpoint(folder)
     parameters = {name: p for name, p in model.named_parameters() if is_backbone_parameter(name)}
     table = list(_expand(rules(shape, vocabulary), shape.num_layers))
@@ -257,17 +303,25 @@ def load_backbone(
         local = _local_name(megatron, layer_offset)
         if local not in parameters:
             continue
-        shard = rule.to_megatron([read(name) for name in names], tp_size)[tp_rank]
+        parts = [read(name) for name in names]
+        try:
+            shard = rule.to_megatron(parts, tp_size)[tp_rank]
+        except CheckpointError:
+            raise
+        except (RuntimeError, ValueError) as error:  # torch's split, unflatten and cat on sizes that do not fit
+            raise CheckpointError(_misfit(folder, names, parts, megatron)) from error
         if shard.shape != parameters[local].shape:
-            raise CheckpointError(
-                f"{folder}: {', '.join(names)} gives {tuple(shard.shape)} for {megatron}, the model has "
-                f"{tuple(parameters[local].shape)}: model.hf_config does not describe this checkpoint"
-            )
+            raise CheckpointError(_misfit(folder, names, parts, megatron))
         parameters[local].copy_(shard)
         filled.add(local)
     empty = sorted(set(parameters) - filled)
     if empty:
         raise CheckpointError(f"{folder} fills no value for {len(empty)} parameters of the model, e.g. {empty[:3]}")
+
+
+def _misfit(folder: Path, names: tuple[str, ...], parts: list[torch.Tensor], megatron: str) -> str:
+    sizes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(names, parts, strict=True))
+    return f"{folder}: {sizes} do not fit {megatron}: config.json does not describe this checkpoint"
 
 
 def _local_name(name: str, layer_offset: int) -> str:
@@ -287,16 +341,10 @@ def export_backbone(
     Raises:
         CheckpointError: a tensor of the table is missing in a shard.
     """
-    untied = shape if not shape.tied else _untied(shape)
+    untied = dataclasses.replace(shape, tied=False)
     result: dict[str, torch.Tensor] = {}
     for megatron, names, rule in _expand(rules(untied, vocabulary), shape.num_layers):
         if any(megatron not in shard for shard in shards):
             raise CheckpointError(f"the state dict lacks {megatron}")
         result.update(zip(names, rule.to_hf([shard[megatron] for shard in shards]), strict=True))
     return {name: tensor.contiguous() for name, tensor in result.items()}
-
-
-def _untied(shape: BackboneShape) -> BackboneShape:
-    import dataclasses
-
-    return dataclasses.replace(shape, tied=False)

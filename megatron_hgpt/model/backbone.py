@@ -79,7 +79,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """The window of every layer. transformers reads the field for Phi-3 always, for Qwen2 on demand, for Llama never."""
+    """Every layer's window. transformers reads the field for Phi-3 always, for Qwen2 on demand, for Llama never."""
     if family == "qwen2" and config.get("use_sliding_window"):
         raise _refuse("use_sliding_window", True, "false (it would give some layers a window and others none)")
     if family != "phi3":
@@ -119,7 +119,9 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
     if num_heads % num_kv_heads:
         raise _refuse("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads={num_heads}")
     if config.get("head_dim") is None and hidden_size % num_heads:
-        raise _refuse("hidden_size", hidden_size, f"a multiple of num_attention_heads={num_heads}, or head_dim beside it")
+        raise _refuse(
+            "hidden_size", hidden_size, f"a multiple of num_attention_heads={num_heads}, or head_dim beside it"
+        )
     return BackboneShape(
         family=family,
         num_layers=_size(config, "num_hidden_layers"),
@@ -159,7 +161,8 @@ def transformer_config(
     """Megatron's configuration of the backbone: the one place where it is made.
 
     Raises:
-        ConfigError: a tensor-parallel size that does not fit, or an unknown name in `model.transformer_overrides`.
+        ConfigError: a tensor-parallel size that does not fit, a name in `model.transformer_overrides` that is unknown
+            or decided elsewhere, or a combination that Megatron refuses.
     """
     from megatron_hgpt import cpu_platform
 
@@ -194,6 +197,7 @@ def transformer_config(
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
         # Gradients are sums over tokens, divided once by the tokens of the global batch.
         "calculate_per_token_loss": True,
+        "window_size": None,
     }
     if shape.sliding_window is not None and shape.sliding_window < model.max_seq_length:
         # Hugging Face counts the position itself, Megatron the positions to its left.
@@ -217,9 +221,9 @@ def transformer_config(
         defaults.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif training.recompute == "selective":
         defaults.update(recompute_granularity="selective", recompute_modules=["core_attn"])
-    for name in decided.keys() & model.transformer_overrides.keys():
+    if clash := sorted(decided.keys() & model.transformer_overrides.keys()):
         raise ConfigError(
-            f"model.transformer_overrides.{name} is decided by model.hf_config, parallel or training; set it there"
+            f"model.transformer_overrides.{clash[0]} is decided by model.hf_config, parallel or training; set it there"
         )
     try:
         return TransformerConfig(**decided, **{**defaults, **model.transformer_overrides})

@@ -19,7 +19,8 @@ def count_hlora(shape: BackboneShape, plugin: HLoRAPluginConfig) -> int:
     else:
         linears = [(hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, ffn), (hidden, ffn)]
         linears.append((ffn, hidden))
-    per_layer = sum((plugin.lora_rank + plugin.num_experts) * n_in + n_out * plugin.lora_rank for n_in, n_out in linears)
+    rank, experts = plugin.lora_rank, plugin.num_experts
+    per_layer = sum((rank + experts) * n_in + n_out * rank for n_in, n_out in linears)
     return shape.num_layers * per_layer
 
 
@@ -35,7 +36,7 @@ def _count_tower(config: dict) -> int:
     patch = config["patch_size"]
     embeddings = hidden + 3 * patch * patch * hidden + ((config["image_size"] // patch) ** 2 + 1) * hidden
     block = 4 * (hidden * hidden + hidden) + 2 * hidden * ffn + ffn + hidden + 4 * hidden
-    return embeddings + 2 * hidden + layers * block
+    return embeddings + 4 * hidden + layers * block  # a norm before and one after the blocks
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
