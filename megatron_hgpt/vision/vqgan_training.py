@@ -112,7 +112,8 @@ def _initialize(model: VQGAN, generator: torch.Generator) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -158,8 +159,8 @@ def _set_codebook(model: VQGAN, views: torch.Tensor, generator: torch.Generator)
     centres = _kmeans(points, model.num_codes, generator)
     model.quantize.codebook.copy_(centres)
     # -|z - e|² = 2 z·e - |e|² + a term that is the same for every code
-    model.quantize.proj.weight.copy_(2 * centres[:, :, None, None])
-    model.quantize.proj.bias.copy_(-centres.square().sum(dim=1))
+    model.get_parameter("quantize.proj.weight").copy_(2 * centres[:, :, None, None])
+    model.get_parameter("quantize.proj.bias").copy_(-centres.square().sum(dim=1))
 
 
 @torch.no_grad()

@@ -57,6 +57,20 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
     return results
 
 
+def write_unusual_llama(folder: Path) -> None:
+    """A value of its own wherever the others agree with Megatron's default: head size, theta, epsilon, tied head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=TEXT, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-3, initializer_range=0.1, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0}, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from megatron_hgpt.testing import checkpoints
@@ -68,6 +82,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     checkpoints.write_tiny_phi3(root / "phi3 with a window", num_kv_heads=2, sliding_window=5, **common)
     checkpoints.write_tiny_llama(root / "llama", num_kv_heads=2, **common)
     checkpoints.write_tiny_qwen2(root / "qwen2", num_kv_heads=2, **common)
+    write_unusual_llama(root / "llama, tied, wide heads")
     return {path.name: str(path) for path in sorted(root.iterdir())}
 
 
