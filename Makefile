@@ -17,6 +17,7 @@ help:
 	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 10 minutes)"
 	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
 	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
+	@echo "make test-slow      the tests that make test leaves out;  make test-gpu: those that need a CUDA device"
 	@echo "make lint           ruff and mypy"
 	@echo "make venv           only set up $(VENV)"
 
@@ -43,19 +44,23 @@ demo-smollm2: venv
 	$(TIMED) echo "== demo on SmolLM2-135M (3 processes): the same steps, long on a CPU"; \
 	$(PYTHON) tools/run_demo.py --backbone smollm2
 
+# pytest's own last line is the last one of its targets, and holds the time.
 test: venv
-	$(TIMED) echo "== tests on the CPU; distributed ones start real gloo processes"; \
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -q -m "not slow and not gpu"
+	@echo "== tests on the CPU; distributed ones start real gloo processes (about 15 minutes on 2 cores)"
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -q -m "not slow and not gpu"
 
 test-slow: venv
-	$(TIMED) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "slow and not gpu"
+	@echo "== the slow tests: what a nightly run does beyond make test"
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "slow and not gpu"
 
 test-gpu: venv
-	$(TIMED) $(PYTHON) -m pytest -q -m gpu
+	@echo "== the tests that need a CUDA device; skipped without one"
+	@$(PYTHON) -m pytest -q -m gpu
 
 lint: venv
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	$(TIMED) echo "== ruff (rules and format) and mypy"; \
+	$(PYTHON) -m ruff check .; \
+	$(PYTHON) -m ruff format --check .; \
 	$(PYTHON) -m mypy megatron_hgpt tools
 
 clean:

@@ -11,7 +11,7 @@ VERSION = next(
 )
 
 INSTALL_REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.6",  # which build (CPU, CUDA) is the user's choice: see the Makefile's TORCH_SPEC
     # 0.16 is the newest line that Python 3.11 gets, and the one cpu_platform.py was written against.
     "megatron-core>=0.16.1,<0.17",
     # megatron-core needs it to save checkpoints, hangs without it, and does not declare it.
@@ -49,7 +49,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_hgpt", "megatron_hgpt.*"]),
     package_data={"megatron_hgpt": ["presets/*.yaml"]},
     install_requires=INSTALL_REQUIRES,

@@ -18,11 +18,18 @@ if [ $# -eq 0 ]; then
     echo "no arguments: running the demo (tools/run_demo.py); --help lists the options" >&2
     exec "$python" "$root/tools/run_demo.py"
 fi
+dry_run=
 for argument in "$@"; do
-    case "$argument" in --help | -h | --dry-run) exec "$python" "$root/examples/pretrain_hgpt.sh" "$@" ;; esac
+    case "$argument" in
+    --help | -h) exec "$python" "$root/examples/pretrain_hgpt.sh" --help ;;
+    --dry-run) dry_run=1 ;;
+    esac
 done
 if [ -z "${NPROC_PER_NODE:-}" ]; then
     NPROC_PER_NODE="$("$python" -W ignore -m megatron_hgpt.processes "$@")"
+fi
+if [ -n "$dry_run" ]; then # one process answers for all of them
+    WORLD_SIZE=$((NPROC_PER_NODE * ${NNODES:-1})) exec "$python" "$root/examples/pretrain_hgpt.sh" "$@"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((($(nproc) + NPROC_PER_NODE - 1) / NPROC_PER_NODE)))}"
 rendezvous=(--standalone)

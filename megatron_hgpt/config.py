@@ -28,9 +28,7 @@ class HLoRAConfig:
     """The two plugins of one model; None leaves a plugin out."""
 
     comprehension: HLoRAPluginConfig | None = field(default_factory=HLoRAPluginConfig)
-    generation: HLoRAPluginConfig | None = field(
-        default_factory=lambda: HLoRAPluginConfig(lora_rank=256, alpha=512.0)
-    )
+    generation: HLoRAPluginConfig | None = field(default_factory=lambda: HLoRAPluginConfig(lora_rank=256, alpha=512.0))
 
 
 @dataclass(kw_only=True, slots=True)

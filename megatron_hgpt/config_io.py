@@ -33,9 +33,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
-def load_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
-) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> RunConfig:
     """Build a run from a file, a preset and overrides.
 
     Args:
@@ -51,8 +49,7 @@ def load_config(
         values = _merge(values, _read_file(Path(path), ()))
     for override in overrides:
         values = _merge(values, _parse_override(override))
-    origin = str(path) if path is not None else "the command line" if overrides else "the preset"
-    return _build(RunConfig, values, "", origin)
+    return _build(RunConfig, values, "", "the configuration")
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -65,21 +62,53 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to itself")
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    values = _parse_yaml(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
+    for key in ("preset", "base"):
+        if not isinstance(values.get(key, ""), str):
+            raise ConfigError(f"{path}: {key}={values[key]!r} must be a name")
     beneath: dict[str, Any] = {}
     if preset := values.pop("preset", None):
         beneath = _read_preset(preset)
     if base := values.pop("base", None):
         beneath = _merge(beneath, _read_file(path.parent / base, (*seen, path.resolve())))
+    _build(RunConfig, values, "", str(path))  # every field has a default: each file is checked, and named, by itself
     return _merge(beneath, values)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        if repeated := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{origin}: {repeated}; the later one would silently replace the earlier")
+        return yaml.safe_load(text)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML lets ValueErrors of malformed dates and numbers through
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _repeated_key(node: yaml.Node | None) -> str | None:
+    """The first key that a mapping holds twice, with its lines; YAML itself lets the last one win."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                return f"key {name!r} stands on lines {lines[name]} and {line}"
+            lines[name] = line
+            if found := _repeated_key(value):
+                return found
+    elif isinstance(node, yaml.SequenceNode):
+        return next(filter(None, map(_repeated_key, node.value)), None)
+    return None
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,12 +125,10 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not valid YAML: {error}") from error
+    value = _parse_yaml(text, f"the value of override {override!r}")
     for part in reversed(key.strip().split(".")):
         value = {part: value}
+    _build(RunConfig, value, "", "the command line")
     return value
 
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 import sys
 
 from megatron_hgpt.cli import parse_args
-from megatron_hgpt.errors import HealthGPTError
+from megatron_hgpt.errors import ConfigError, HealthGPTError
 
 
 def processes_per_node(argv: list[str]) -> int:
-    """Every GPU, or on a CPU one replica of the model."""
+    """As many replicas of the model as there are GPUs for, or on a CPU one.
+
+    Raises:
+        ConfigError: what `cli.parse_args` refuses, or fewer GPUs than one replica needs.
+    """
     import torch
 
     config, _ = parse_args(argv)
-    return torch.cuda.device_count() or config.parallel.tensor_model_parallel_size
+    tensor, gpus = config.parallel.tensor_model_parallel_size, torch.cuda.device_count()
+    if gpus == 0 or tensor < 1:  # validation refuses the latter, in its own words
+        return max(tensor, 1)
+    if gpus < tensor:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={tensor} needs {tensor} GPUs, this machine has {gpus}; lower it (and "
+            "set parallel.sequence_parallel=false at 1), or set NPROC_PER_NODE and NNODES for several machines"
+        )
+    return gpus // tensor * tensor
 
 
 if __name__ == "__main__":

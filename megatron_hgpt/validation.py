@@ -5,18 +5,49 @@ Every message names the field, its value, and what to do.
 
 from __future__ import annotations
 
+import json
+import math
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.config_io import dump
-from megatron_hgpt.data.samples import TASKS
+from megatron_hgpt.data.samples import TASKS, Task
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model.backbone import check_tensor_parallel, read_backbone
+from megatron_hgpt.model.backbone import (
+    BackboneShape,
+    check_override_names,
+    check_tensor_parallel,
+    read_backbone,
+    transformer_config,
+)
 from megatron_hgpt.model.parameter_counts import count_parameters
 from megatron_hgpt.model.vocabulary import Vocabulary
-from megatron_hgpt.stages import resolve_stage
+from megatron_hgpt.stages import Stage, resolve_stage
+
+_AT_LEAST = {
+    "checkpoint.keep_last": 0,
+    "checkpoint.save_interval_steps": 1,
+    "data.num_workers": 0,
+    "logging.interval_steps": 1,
+    "logging.num_sample_images": 1,
+    "logging.sample_images_interval_steps": 0,
+    "model.max_seq_length": 1,
+    "model.vocabulary.pad_to_multiple": 1,
+    "model.vocabulary.text_size": 1,
+    "model.vq.num_codes": 0,
+    "model.vq.num_indices": 0,
+    "optimizer.adam_eps": 0,
+    "optimizer.adapter_lr": 0,
+    "optimizer.clip_grad": 0,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "parallel.tensor_model_parallel_size": 1,
+}
+_SHARES = ("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.min_lr_ratio", "optimizer.warmup_ratio")
 
 
 def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) -> None:
@@ -41,9 +72,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
         ConfigError: the layout does not divide the number of processes.
     """
     parallel = config.parallel
-    one = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    one = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     if one < 1 or world_size % one:
         raise ConfigError(
             f"{world_size} processes cannot hold replicas of {one} (tensor {parallel.tensor_model_parallel_size} x "
@@ -55,7 +84,8 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 
 def global_batch_size(config: RunConfig) -> int:
     """Samples per optimizer step: the configured number, or the stage's."""
-    return config.training.global_batch_size or resolve_stage(config.training).global_batch_size
+    configured = config.training.global_batch_size
+    return resolve_stage(config.training).global_batch_size if configured is None else configured
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[str]:
@@ -65,6 +95,7 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[
 
 def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     training, parallel, model = config.training, config.parallel, config.model
+    yield from _range_problems(config)
     yield from _one_of("training.precision", training.precision, ("bf16", "fp32"))
     yield from _one_of("training.recompute", training.recompute, (None, "selective", "full"))
     yield from _one_of("optimizer.schedule", config.optimizer.schedule, (None, "cosine", "linear", "constant"))
@@ -111,10 +142,58 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     if "new_rows" in stage.trainable and config.optimizer.weight_decay:
         yield "optimizer.weight_decay must be 0 while training.new_rows=rows: it would shrink the frozen rows"
+    yield from _vision_problems(config, stage)
     for name, weight in config.data.mixture.items():
         yield from _one_of("data.mixture", name, tuple(task.value for task in TASKS))
-        if weight < 0:
-            yield f"data.mixture.{name}={weight} must not be negative"
+        if not (math.isfinite(weight) and weight >= 0):
+            yield f"data.mixture.{name}={weight} must be a number of at least 0"
+    if config.data.mixture and not any(config.data.mixture.get(task.value) for task in stage.tasks):
+        yield f"data.mixture={config.data.mixture} leaves training.stage={training.stage} without samples"
+    _check_megatron_overrides(config, shape)
+
+
+def _range_problems(config: RunConfig) -> Iterator[str]:
+    for name, minimum in _AT_LEAST.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and not (math.isfinite(value) and value >= minimum):
+            yield f"{name}={value} must be a number of at least {minimum}"
+    for name in _SHARES:
+        value = operator.attrgetter(name)(config)
+        if value is not None and not 0 <= value <= 1:
+            yield f"{name}={value} must be a share between 0 and 1"
+
+
+def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
+    vision, sizes = config.model.vision, config.model.vision.hf_config
+    if not sizes:
+        yield "model.vision.hf_config is empty: copy the tower's config.json (vision_config) or name a preset"
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size"):
+        value = sizes.get(key)
+        if type(value) is not int or value < 1:
+            yield f"model.vision.hf_config.{key}={value!r} must be a positive integer"
+    for task in stage.tasks:
+        depth, blocks = getattr(vision, f"{task.value}_hidden_state"), sizes["num_hidden_layers"]
+        if not -(blocks + 1) <= depth <= blocks:
+            yield (
+                f"model.vision.{task.value}_hidden_state={depth} is outside a tower of {blocks} blocks; "
+                f"use {-(blocks + 1)} to {blocks}"
+            )
+    if Task.GENERATION in stage.tasks and not (config.model.vq.num_codes and config.model.vq.num_indices):
+        yield (
+            f"training.stage={config.training.stage} draws images, but model.vq.num_codes={config.model.vq.num_codes} "
+            f"and num_indices={config.model.vq.num_indices}; set them to the VQGAN's"
+        )
+
+
+def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:
+    """Raise ConfigError for names that Megatron's dataclasses lack; Megatron is imported only if there are any."""
+    if config.model.transformer_overrides:
+        transformer_config(shape, config.model, config.parallel, config.training)
+    if config.optimizer.megatron_overrides:
+        cpu_platform.install_if_needed()
+        from megatron.core.optimizer import OptimizerConfig
+
+        check_override_names("optimizer.megatron_overrides", config.optimizer.megatron_overrides, OptimizerConfig)
 
 
 def _plugin_problems(name: str, plugin: HLoRAPluginConfig) -> Iterator[str]:
@@ -138,7 +217,11 @@ def _batch_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
 
 def _missing_paths(config: RunConfig) -> Iterator[str]:
     model, data = config.model, config.data
-    folders = {"model.backbone": model.backbone, "model.tokenizer": model.tokenizer, "model.vision.tower": model.vision.tower}
+    folders = {
+        "model.backbone": model.backbone,
+        "model.tokenizer": model.tokenizer,
+        "model.vision.tower": model.vision.tower,
+    }
     folders["model.vq.path"] = model.vq.path
     for name, value in folders.items():
         if value is not None and not Path(value).is_dir():
@@ -192,12 +275,29 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"samples per optimizer step      {total}",
         f"micro-batches per rank          {total // (micro * dp_size)} of {micro} samples",
         f"tokens per optimizer step       at most {total * config.model.max_seq_length:,}",
-        f"length of the run               "
-        + (f"{config.training.num_steps} steps" if config.training.num_steps else f"{config.training.num_epochs} epochs"),
-        f"learning rates                  "
+        f"length of the run               {_length(config, stage, total)}",
+        "learning rates                  "
         + ", ".join(
             f"{group} {stage.lr_of(group, config.optimizer.lr, config.optimizer.adapter_lr):g}"
             for group in stage.trainable
         ),
     ]
     return "\n".join(lines)
+
+
+def _length(config: RunConfig, stage: Stage, total: int) -> str:
+    """Steps, or epochs with their steps where the manifests say how many samples there are."""
+    training = config.training
+    if training.num_epochs is None:
+        return f"{training.num_steps} steps"
+    manifests = [Path(folder) / "manifest.json" for folder in config.data.train]
+    if config.data.mixture or not manifests or not all(path.is_file() for path in manifests):
+        return f"{training.num_epochs:g} epochs"
+    try:
+        per_task = [json.loads(path.read_text(encoding="utf-8"))["counts"]["per_task"] for path in manifests]
+        samples = [sum(int(counts.get(task.value, 0)) for counts in per_task) for task in stage.tasks]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{training.num_epochs:g} epochs (unreadable manifest in data.train: {error!r})"
+    micro = training.micro_batch_size
+    steps = -(-sum(-(-count // micro) for count in samples) // (total // micro))  # micro-batches hold one task each
+    return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {round(training.num_epochs * steps):,} steps"

@@ -39,9 +39,10 @@ class HVPTower(nn.Module):
 
     def __init__(self, clip: CLIPVisionModel, num_blocks: Mapping[Task, int]) -> None:
         super().__init__()
-        self.embeddings = clip.embeddings
-        self.pre_layrnorm = clip.pre_layrnorm
-        self.blocks = nn.ModuleList(clip.encoder.layers[: max(num_blocks.values())])
+        vision = getattr(clip, "vision_model", clip)  # transformers 5.0 nests the tower one level deeper
+        self.embeddings = vision.embeddings
+        self.pre_layrnorm = vision.pre_layrnorm
+        self.blocks = nn.ModuleList(vision.encoder.layers[: max(num_blocks.values())])
         self.num_blocks = dict(num_blocks)
         self.hidden_size = int(clip.config.hidden_size)
         self.image_size = int(clip.config.image_size)
@@ -62,6 +63,8 @@ class HVPTower(nn.Module):
             Task.COMPREHENSION: vision.comprehension_hidden_state,
             Task.GENERATION: vision.generation_hidden_state,
         }
+        if not tasks:
+            raise ConfigError("the vision tower needs at least one task")
         num_layers = int(clip.config.num_hidden_layers)
         return cls(clip, {task: _blocks_for(task, depths[task], num_layers) for task in tasks})
 
@@ -88,15 +91,16 @@ class HVPTower(nn.Module):
 
 def _blocks_for(task: Task, index: int, num_layers: int) -> int:
     """Blocks to run for `hidden_states[index]` of num_layers + 1 entries."""
-    if not -(num_layers + 1) <= index <= num_layers:
+    if type(index) is not int or not -(num_layers + 1) <= index <= num_layers:
         raise ConfigError(
-            f"model.vision.{task.value}_hidden_state={index} is outside a tower of {num_layers} blocks; "
+            f"model.vision.{task.value}_hidden_state={index!r} is outside a tower of {num_layers} blocks; "
             f"use {-(num_layers + 1)} to {num_layers}"
         )
     return index if index >= 0 else num_layers + 1 + index
 
 
 def _random(vision: VisionConfig) -> CLIPVisionModel:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     if not vision.hf_config:
@@ -104,16 +108,23 @@ def _random(vision: VisionConfig) -> CLIPVisionModel:
     logger.warning("model.vision.tower is not set: the vision tower has random weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
-        return CLIPVisionModel(CLIPVisionConfig(**vision.hf_config, attn_implementation="sdpa"))
+        try:
+            return CLIPVisionModel(CLIPVisionConfig(**vision.hf_config, attn_implementation="sdpa"))
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ConfigError(f"model.vision.hf_config does not describe a CLIP tower: {error}") from error
 
 
 def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.vision.tower={folder} is not a Hugging Face folder (config.json is missing)")
-    config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a CLIP tower: {error}") from error
     for key, value in vision.hf_config.items():
         if key in _SIZES and getattr(config, key) != value:
             raise CheckpointError(
@@ -130,14 +141,22 @@ def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
             attn_implementation="sdpa",
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the CLIP tower from {folder}: {error}") from error
+        raise CheckpointError(
+            f"cannot load the CLIP tower from {folder}: {error}; the weights have to be safetensors "
+            "(`save_pretrained` writes them)"
+        ) from error
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-    if missing or info["mismatched_keys"]:
+    unexpected = [
+        key for key in info["unexpected_keys"] if not key.startswith(_OTHER_HALF) and "position_ids" not in key
+    ]
+    if missing or unexpected or info["mismatched_keys"]:
         raise CheckpointError(
             f"{folder} does not hold the CLIP tower it describes: missing {missing[:3]} ({len(missing)}), "
-            f"wrong shape {list(info['mismatched_keys'])[:3]}"
+            f"unexpected {unexpected[:3]} ({len(unexpected)}), wrong shape {list(info['mismatched_keys'])[:3]}"
         )
     return model
 
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+_OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+"""Tensors of a whole CLIP model, the published form, that a vision tower leaves out."""

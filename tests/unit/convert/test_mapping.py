@@ -170,8 +170,8 @@ def test_every_rank_holds_its_gate_above_its_up_and_its_columns_of_the_rest(tmp_
 
 def test_fused_and_separate_checkpoints_meet_in_the_same_shards(tmp_path: Path) -> None:
     apart = hf_tensors("llama")
-    fused = {name: t for name, t in apart.items() if not name.split(".")[-2] in
-             ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}  # fmt: skip
+    stems = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    fused = {name: tensor for name, tensor in apart.items() if name.split(".")[-2] not in stems}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         fused[prefix + "self_attn.qkv_proj.weight"] = torch.cat(

@@ -188,7 +188,8 @@ def test_a_window_counts_the_positions_to_the_left_and_one_as_long_as_the_sequen
 
 
 @pytest.mark.parametrize(
-    ("recompute", "granularity", "method"), [(None, None, None), ("selective", "selective", None), ("full", "full", "uniform")]
+    ("recompute", "granularity", "method"),
+    [(None, None, None), ("selective", "selective", None), ("full", "full", "uniform")],
 )
 def test_recompute(recompute: str | None, granularity: str | None, method: str | None) -> None:
     config = load_config(preset="tiny")

@@ -66,6 +66,7 @@ def test_stays_frozen_and_in_evaluation_mode(folder: Path) -> None:
         ("comprehension_hidden_state", 4),
         ("comprehension_hidden_state", -5),
         ("generation_hidden_state", 24),
+        ("generation_hidden_state", True),
     ],
 )
 def test_a_depth_outside_the_tower_is_refused(folder: Path, field: str, value: int) -> None:
@@ -108,3 +109,24 @@ def test_folder_that_is_no_checkpoint_or_of_another_size(folder: Path, tmp_path:
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 32
     with pytest.raises(CheckpointError, match="hidden_size=32"):
         HVPTower.from_config(VisionConfig(tower=str(folder), hf_config=_HF_CONFIG | {"hidden_size": 48}), TASKS)
+
+
+def test_config_that_describes_no_tower(folder: Path) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    for text in ("{oops", json.dumps(content | {"num_attention_heads": 5})):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            HVPTower.from_config(VisionConfig(tower=str(folder)), TASKS)
+    with pytest.raises(ConfigError, match=r"model\.vision\.hf_config"):
+        HVPTower.from_config(VisionConfig(hf_config=_HF_CONFIG | {"num_attention_heads": 5}), TASKS)
+    with pytest.raises(ConfigError, match="at least one task"):
+        HVPTower.from_config(VisionConfig(hf_config=_HF_CONFIG), [])
+
+
+def test_blocks_beyond_the_configured_ones_are_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+    # Index -2 would silently be one block shallower. Fails without `unexpected` in `_load`.
+    with pytest.raises(CheckpointError, match=r"unexpected .*layers\.2\."):
+        HVPTower.from_config(VisionConfig(tower=str(folder)), TASKS)

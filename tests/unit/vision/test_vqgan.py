@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from fractions import Fraction
 from pathlib import Path
@@ -261,6 +262,24 @@ def test_a_checkpoint_with_python_objects_is_refused_with_the_remedy(tmp_path: P
     with pytest.raises(CheckpointError, match="weights_only=False") as caught:
         VQGAN.load(folder)
     assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
+
+
+class _RunsCode:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_runs_code_is_refused_before_it_does(tmp_path: Path) -> None:
+    trap = _RunsCode(tmp_path / "trap")
+    folder = _write(tmp_path / "v", _yaml(), {"state_dict": _model().state_dict(), "callbacks": trap})
+    with pytest.raises(CheckpointError, match="could run code"):
+        VQGAN.load(folder)
+    assert not trap.path.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.config_io import dump, load_config, preset_names, save_config, to_dict
+from megatron_hgpt.errors import ConfigError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_anything_the_defaults() -> None:
+    assert load_config() == RunConfig()
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    write(tmp_path, "common.yaml", "preset: tiny\ntraining: {seed: 1, num_steps: 10}\noptimizer: {lr: 0.1}\n")
+    (tmp_path / "runs").mkdir()
+    run = write(tmp_path / "runs", "run.yaml", "base: ../common.yaml\ntraining: {seed: 2}\n")
+    config = load_config(run, ["optimizer.lr=0.25", "model.vq.num_codes=128"])
+    assert config.model.hf_config["hidden_size"] == 128  # preset
+    assert config.training.num_steps == 10  # base
+    assert config.training.seed == 2  # file over base
+    assert config.optimizer.lr == 0.25  # override over all
+    assert config.model.vq.num_codes == 128
+    assert config.model.vq.num_indices == 64  # a sibling of an override stays the preset's
+
+
+def test_the_command_line_s_preset_lies_beneath_the_file(tmp_path: Path) -> None:
+    run = write(tmp_path, "run.yaml", "model: {template: plain}\n")
+    config = load_config(run, preset="healthgpt_xl32")
+    assert config.model.template == "plain"
+    assert config.model.hf_config["num_hidden_layers"] == 64
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_loads_and_survives_a_round_trip(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset=preset)
+    path = tmp_path / "deep" / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert path.read_text(encoding="utf-8") == dump(config)
+    assert [entry.name for entry in path.parent.iterdir()] == ["config.yaml"]  # nothing temporary is left
+
+
+def test_the_presets_are_the_issue_s() -> None:
+    assert {"tiny", "healthgpt_m3", "healthgpt_l14", "healthgpt_xl32"} <= set(preset_names())
+
+
+def test_values_of_overrides_are_yaml() -> None:
+    config = load_config(
+        None,
+        [
+            "data.train=[a, b]",
+            "data.mixture={comprehension: 1, generation: 0.5}",
+            "optimizer.lr=1e-3",
+            "parallel.sequence_parallel=true",
+            "model.hlora.generation=null",
+            "name=a=b",
+        ],
+    )
+    assert config.data.train == ["a", "b"]
+    assert config.data.mixture == {"comprehension": 1.0, "generation": 0.5}
+    assert config.optimizer.lr == 0.001  # YAML itself reads 1e-3 as text
+    assert config.parallel.sequence_parallel is True
+    assert config.model.hlora.generation is None
+    assert config.name == "a=b"
+    assert to_dict(config)["data"]["mixture"]["comprehension"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("traning.seed=1", "unknown key traning; did you mean training?"),
+        ("training.sed=1", "unknown key training.sed; did you mean training.seed?"),
+        ("training.lr=1", "unknown key training.lr; did you mean optimizer.lr?"),
+        ("training.lrr=1", "unknown key training.lrr; did you mean optimizer.lr?"),
+        ("lora_rank=1", "unknown key lora_rank; did you mean model.hlora."),
+        (
+            "model.hlora.generation.rank=8",
+            "unknown key model.hlora.generation.rank; did you mean model.hlora.generation.lora_rank?",
+        ),
+        ("data.zzzzz=1", "unknown key data.zzzzz; data has train, validation"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_name(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, [override])
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
+    run = write(tmp_path, "run.yaml", "optimizer: {warmup: 0.1}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: unknown key optimizer\.warmup; did you mean .*warmup_ratio"):
+        load_config(run)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.seed=x", "training.seed='x' must be int"),
+        ("training.seed=true", "training.seed=True must be int"),  # a bool is an int to Python
+        ("training.seed=1.5", "training.seed=1.5 must be int"),
+        ("training.seed=null", "training.seed=None must be int"),
+        ("training.num_steps=ten", "training.num_steps='ten' must be int or null"),
+        ("optimizer.lr=fast", "optimizer.lr='fast' must be float or null"),
+        ("optimizer.lr=true", "optimizer.lr=True must be float or null"),
+        ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1 must be bool"),
+        ("name=5", "name=5 must be str"),
+        ("data.train=one", "data.train='one' must be list"),
+        ("data.train=[1]", "data.train[0]=1 must be str"),
+        ("data.mixture={generation: much}", "data.mixture.generation='much' must be float"),
+        ("training=5", "training must be a section (a mapping), got 5"),
+        ("training=null", "training must be a section (a mapping), got None"),
+        ("training.seed.deeper=1", "training.seed={'deeper': 1} must be int"),
+    ],
+)
+def test_a_wrong_type_names_field_value_and_type(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("override", ["training.seed", "=5", "training.seed: 5"])
+def test_an_override_without_key_or_value_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form section.key=value"):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"training: {seed: 1", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"- a\n- b\n", "must hold a mapping of sections, not a list"),
+        (b"preset: huge\n", "preset 'huge' is unknown; there are healthgpt_l14"),
+        (b"preset: 5\n", "preset=5 must be a name"),
+        (b"base: [a.yaml]\n", "base=['a.yaml'] must be a name"),
+        (b"base: run.yaml\n", "leads back to itself"),
+        (b"base: nowhere.yaml\n", "nowhere.yaml: No such file"),
+        (b"name: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),  # a file never runs code
+    ],
+)
+def test_a_bad_file_is_a_config_error(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load_config(tmp_path)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "empty.yaml", "# nothing yet\n")) == RunConfig()
+
+
+def test_loaded_configurations_share_nothing() -> None:
+    first: Any = load_config(preset="tiny")
+    first.model.hf_config["hidden_size"] = 1
+    first.data.train.append("x")
+    second = load_config(preset="tiny")
+    assert second.model.hf_config["hidden_size"] == 128
+    assert second.data.train == []

@@ -1,0 +1,145 @@
+"""examples/pretrain_hgpt.sh is bash and Python at once; every way to start it is started here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "examples" / "pretrain_hgpt.sh"
+CONFIG = ROOT / "examples" / "configs" / "tiny_stage1.yaml"
+# What torchrun's own processes would inherit from a test run under torchrun.
+CLEAN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH", "NNODES")}
+ENVIRONMENT = {**CLEAN, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["pretrain_hgpt.sh", "slurm/pretrain_hgpt.sbatch"])
+def test_bash_accepts_it(script: str) -> None:
+    result = run("bash", "-n", ROOT / "examples" / script)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_python_accepts_it() -> None:
+    compile(LAUNCHER.read_text(encoding="utf-8"), str(LAUNCHER), "exec")
+
+
+def test_bash_from_another_folder(tmp_path: Path) -> None:
+    result = run("bash", LAUNCHER, "--config", CONFIG, "--dry-run", "training.seed=77", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "seed: 77" in result.stdout
+    assert "processes                       2\n" in result.stdout  # the tensor parallel size, on a CPU
+
+
+def test_a_dry_run_counts_the_processes_that_would_start() -> None:
+    result = run("bash", LAUNCHER, "--config", CONFIG, "--dry-run", "training.micro_batch_size=4", NPROC_PER_NODE="4",
+                 NNODES="2")  # fmt: skip
+    assert "processes                       8\n" in result.stdout
+    assert "data parallel size              4\n" in result.stdout
+
+
+def test_torchrun_starts_it_as_written() -> None:
+    """`torchrun --nproc-per-node 2 examples/pretrain_hgpt.sh …`; one of the two processes prints."""
+    result = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 "examples/pretrain_hgpt.sh", "--config", CONFIG, "--dry-run", "name=literal")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("name: literal") == 1
+    assert "processes                       2\n" in result.stdout
+
+
+def test_help_and_mistakes() -> None:
+    assert "--dry-run" in run("bash", LAUNCHER, "--help").stdout
+    mistake = run("bash", LAUNCHER, "--config", CONFIG, "training.sed=1")
+    assert mistake.returncode == 2
+    assert "did you mean training.seed?" in mistake.stderr
+    assert "Traceback" not in mistake.stderr
+
+
+def test_bash_starts_torchrun_with_what_it_was_given(tmp_path: Path) -> None:
+    """A stand-in for Python records the command line: processes, rendezvous, script and arguments."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "OMP=$OMP_NUM_THREADS PATH0=${PYTHONPATH%%:*}" "$@"\n')
+    python.chmod(0o755)
+    single = run("bash", LAUNCHER, "a.b=c d", PYTHON=str(python), NPROC_PER_NODE="3").stdout.splitlines()
+    assert single == [f"OMP=1 PATH0={ROOT}", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+                      str(LAUNCHER), "a.b=c d"]  # fmt: skip
+    nodes = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
+    several = run("bash", LAUNCHER, "a.b=c", PYTHON=str(python), NPROC_PER_NODE="8", **nodes).stdout.splitlines()
+    assert several[3:-1] == ["--nnodes", "4", "--node-rank", "2", "--master-addr", "host0", "--master-port", "1234",
+                             "--nproc-per-node", "8", str(LAUNCHER)]  # fmt: skip
+    incomplete = run("bash", LAUNCHER, "a.b=c", PYTHON=str(python), NPROC_PER_NODE="8", NNODES="2")
+    assert incomplete.returncode != 0
+    assert "set NODE_RANK" in incomplete.stderr
+
+
+def test_without_arguments_it_runs_the_demo(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    result = run("bash", LAUNCHER, PYTHON=str(python))
+    assert result.stdout.splitlines() == [str(ROOT / "tools" / "run_demo.py")]
+    assert "running the demo" in result.stderr
+
+
+def test_signals_reach_the_started_process(tmp_path: Path) -> None:
+    """The shell is replaced, not kept as a parent: who signals the launcher signals torchrun."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\ntrap 'echo got TERM; exit 7' TERM\necho ready\nwhile :; do sleep 0.05; done\n")
+    python.chmod(0o755)
+    environment = {**ENVIRONMENT, "PYTHON": str(python), "NPROC_PER_NODE": "1"}
+    with subprocess.Popen(["bash", LAUNCHER, "a.b=c"], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "got TERM\n"
+        assert process.wait(timeout=20) == 7
+
+
+def test_spawned_workers_import_it_again_without_starting_a_run(tmp_path: Path) -> None:
+    """Checkpoint writers are spawned: each imports the main file, whatever its extension, under another name."""
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import multiprocessing, os, sys\n"
+        "if __name__ == '__main__':\n"
+        f"    sys.modules['__main__'].__file__ = {str(LAUNCHER)!r}\n"
+        "    sys.argv = ['pretrain_hgpt.sh', '--preset', 'no such preset']\n"  # a started run would exit with 2
+        "    process = multiprocessing.get_context('spawn').Process(target=print, args=('the worker works',))\n"
+        "    process.start()\n"
+        "    process.join()\n"
+        "    sys.exit(process.exitcode)\n"
+    )
+    result = run(sys.executable, parent, PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stdout) == (0, "the worker works\n"), result.stderr
+
+
+def test_slurm_starts_one_torchrun_per_node(tmp_path: Path) -> None:
+    """Stand-ins for Slurm's commands: what srun would run."""
+    for name, body in {
+        "scontrol": "printf 'node-a\\nnode-b\\n'",
+        "srun": 'printf "%s\\n" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    # Slurm runs a copy of the script from its own spool folder.
+    script = Path(shutil.copy(ROOT / "examples" / "slurm" / "pretrain_hgpt.sbatch", tmp_path / "slurm_script"))
+    result = run("bash", script, "--config", "x.yaml", "a.b=c", cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}",
+                 SLURM_JOB_NODELIST="node-[a-b]", SLURM_NNODES="2", SLURM_JOB_ID="42", SLURM_GPUS_ON_NODE="8",
+                 SLURM_SUBMIT_DIR=str(ROOT))  # fmt: skip
+    command = result.stdout.splitlines()
+    assert result.returncode == 0, result.stderr
+    for option, value in {"--nnodes": "2", "--nproc-per-node": "8", "--rdzv-id": "42",
+                          "--rdzv-endpoint": "node-a:29500"}.items():  # fmt: skip
+        assert command[command.index(option) + 1] == value
+    assert command[-4:] == [str(LAUNCHER), "--config", "x.yaml", "a.b=c"]

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.config_io import load_config
+from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.stages import STAGES
+from megatron_hgpt.validation import data_parallel_size, describe, global_batch_size, validate
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))
+NODE_SIZE = {"tiny": 2, "smollm2": 3, "m3": 8, "l14": 8, "xl32": 8}
+"""Processes that each family of shipped configurations is written for."""
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return load_config(None, ["training.num_steps=10", "training.global_batch_size=8", *overrides], preset="tiny")
+
+
+def test_the_base_of_these_tests_is_valid() -> None:
+    validate(tiny(), 1, check_paths=False)
+    validate(tiny("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"), 4, check_paths=False)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (3, ["parallel.tensor_model_parallel_size=3"], "=3 cannot shard 4 attention heads"),
+        (3, ["parallel.tensor_model_parallel_size=3"], "use 1, 2, 4"),
+        (3, ["parallel.tensor_model_parallel_size=2"], "3 processes cannot hold replicas of 2"),
+        (1, ["parallel.tensor_model_parallel_size=0"], "tensor_model_parallel_size=0 must be a number of at least 1"),
+        (2, ["parallel.pipeline_model_parallel_size=2"], "pipeline_model_parallel_size=2 is not supported"),
+        (2, ["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported"),
+        (1, ["parallel.use_distributed_optimizer=true"], "use_distributed_optimizer=true is not supported"),
+        (1, ["parallel.sequence_parallel=true"], "sequence_parallel=true needs parallel.tensor_model_parallel_size"),
+        (1, ["model.hlora.generation.lora_rank=30"], "generation.lora_rank=30 must be a positive multiple of num_exp"),
+        (1, ["model.hlora.generation.num_experts=0"], "must be a positive multiple of num_experts=0"),
+        (1, ["model.hlora.comprehension.dropout=1.0"], "model.hlora.comprehension.dropout=1.0"),
+        (1, ["model.hlora.generation=null"], "trains generation, but model.hlora.generation is null"),
+        (1, ["model.vq.num_codes=0"], "training.stage=stage3_joint draws images, but model.vq.num_codes=0"),
+        (1, ["training.micro_batch_size=3"], "global_batch_size=8 must be a positive multiple of micro_batch_size (3)"),
+        (1, ["training.micro_batch_size=0"], "micro_batch_size (0)"),
+        (1, ["training.global_batch_size=0"], "global_batch_size=0 must be a positive multiple"),
+        (3, [], "x data parallel size (3) = 3"),
+        (1, ["training.num_epochs=1"], "set exactly one of training.num_steps (10) and training.num_epochs (1.0)"),
+        (1, ["training.num_steps=null"], "set exactly one of"),
+        (1, ["training.num_steps=0"], "training.num_steps=0 must be positive"),
+        (1, ["training.num_steps=null", "training.num_epochs=-1"], "training.num_epochs=-1.0 must be positive"),
+        (1, ["training.precision=fp8"], "training.precision='fp8' is unknown; use one of bf16, fp32"),
+        (1, ["training.recompute=some"], "training.recompute='some' is unknown"),
+        (1, ["training.stage=stage4"], "training.stage='stage4' is unknown; use one of stage1_comprehension"),
+        (1, ["training.new_rows=some"], "training.new_rows='some' is unknown; use rows, full or none"),
+        (1, ["training.stage=stage1_joint", "optimizer.weight_decay=0.1"], "would shrink the frozen rows"),
+        (1, ["optimizer.schedule=stairs"], "optimizer.schedule='stairs' is unknown; use one of None, cosine"),
+        (1, ["optimizer.lr=-1.0"], "optimizer.lr=-1.0 must be a number of at least 0"),
+        (1, ["optimizer.lr=.nan"], "optimizer.lr=nan must be a number"),
+        (1, ["optimizer.clip_grad=.inf"], "optimizer.clip_grad=inf must be a number"),
+        (1, ["optimizer.warmup_ratio=3"], "optimizer.warmup_ratio=3.0 must be a share between 0 and 1"),
+        (1, ["checkpoint.save_interval_steps=0"], "checkpoint.save_interval_steps=0 must be a number of at least 1"),
+        (1, ["model.template=chatty"], "model.template='chatty' is unknown; use one of"),
+        (1, ["model.max_seq_length=4096"], "exceeds the backbone's max_position_embeddings=2048"),
+        (1, ["model.vision.hf_config.patch_size=0"], "model.vision.hf_config.patch_size=0 must be a positive integer"),
+        (1, ["model.vision.generation_hidden_state=4"], "=4 is outside a tower of 3 blocks; use -4 to 3"),
+        (1, ["data.mixture={drawing: 1}"], "data.mixture='drawing' is unknown; use one of comprehension, generation"),
+        (1, ["data.mixture={generation: -1}"], "data.mixture.generation=-1.0 must be a number of at least 0"),
+        (1, ["data.mixture={generation: 0}"], "leaves training.stage=stage3_joint without samples"),
+        (1, ["model.transformer_overrides={atention_dropout: 0.1}"], "did you mean attention_dropout?"),
+        (1, ["optimizer.megatron_overrides={adam_beta: 0.1}"], "did you mean adam_beta"),
+    ],
+)  # fmt: skip
+def test_each_rule(world_size: int, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(tiny(*overrides), world_size, check_paths=False)
+
+
+def test_a_vocabulary_that_tensor_parallelism_cannot_shard_is_refused() -> None:
+    # 49152 + 259 rows; multiples of 512 are not multiples of 3.
+    config = load_config(None, ["parallel.tensor_model_parallel_size=3", "model.vocabulary.pad_to_multiple=512",
+                                "training.num_steps=1", "training.global_batch_size=1"], preset="smollm2")  # fmt: skip
+    with pytest.raises(ConfigError, match="make model.vocabulary.pad_to_multiple a multiple of it"):
+        validate(config, 3, check_paths=False)
+
+
+def test_tensor_parallel_sizes_of_l14_are_named() -> None:
+    config = load_config(None, ["parallel.tensor_model_parallel_size=8"], preset="healthgpt_l14")
+    with pytest.raises(ConfigError, match="40 attention heads with 10 KV heads .* use 1, 2, 5, 10"):
+        validate(config, 8, check_paths=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("model.backbone={}", "model.backbone={} is not a folder"),
+        ("model.tokenizer={}", "model.tokenizer={} is not a folder"),
+        ("model.vision.tower={}", "model.vision.tower={} is not a folder"),
+        ("model.vq.path={}", "model.vq.path={} is not a folder"),
+        ("data.train=[{}]", "data.train: {} holds no manifest.json; write it with tools/preprocess_vl_health.py"),
+        ("data.validation=[{}]", "data.validation: {} holds no manifest.json"),
+        ("checkpoint.init_from=[{}]", "checkpoint.init_from: {} does not exist; train the earlier stage first"),
+        ("data.train=[]", "data.train is empty"),
+        ("model.tokenizer=null", "set model.tokenizer (or model.backbone"),
+    ],
+)
+def test_paths_must_exist(field: str, message: str, tmp_path: Path) -> None:
+    present, absent = tmp_path / "present", str(tmp_path / "absent")
+    present.mkdir()
+    (present / "manifest.json").write_text("{}")
+    good = [f"model.tokenizer={present}", f"data.train=[{present}]", f"output_dir={tmp_path / 'out'}"]
+    validate(tiny(*good), 1)
+    with pytest.raises(ConfigError, match=re.escape(message.format(absent))):
+        validate(tiny(*good, field.format(absent)), 1)
+    assert not (tmp_path / "out").exists()  # checking writes nothing
+
+
+def test_batch_size_and_replicas() -> None:
+    assert global_batch_size(tiny()) == 8
+    assert global_batch_size(tiny("training.global_batch_size=null", "training.stage=stage1_generation")) == 64
+    assert data_parallel_size(tiny("parallel.tensor_model_parallel_size=2"), 8) == 4
+
+
+def test_shipped_configurations_are_complete() -> None:
+    names = {path.stem for path in RUNS}
+    separate = {f"{model}_{stage}" for model in ("m3", "l14") for stage in STAGES if not stage.endswith("joint")}
+    xl32 = {"xl32_stage1_comprehension", "xl32_stage3_comprehension"}
+    demo = {f"{model}_stage{stage}" for model in ("tiny", "smollm2") for stage in (1, 2, 3)}
+    assert names == separate | xl32 | demo
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_validates_and_describes(path: Path) -> None:
+    config = load_config(path)
+    family = path.stem.split("_")[0]
+    validate(config, NODE_SIZE[family], check_paths=False)
+    text = describe(config, NODE_SIZE[family])
+    assert f"stage: {config.training.stage}" in text
+    assert config.name == path.stem
+    assert Path(config.output_dir).name in (path.stem, path.stem.removeprefix(f"{family}_"))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RUNS if path.stem[:2] in ("m3", "l1", "xl")], ids=lambda path: path.stem
+)
+def test_published_hyper_parameters(path: Path) -> None:
+    """HealthGPT paper, appendix: learning rates and batch sizes per stage, and the initialisation chain."""
+    config = load_config(path)
+    family, name = path.stem.split("_", 1)
+    stage = STAGES[name]
+    expected_lr = {"stage1_comprehension": 1e-3, "stage1_generation": 1e-4 if family == "l14" else 2e-4}.get(name, 2e-4)
+    expected_batch = {
+        "stage1_comprehension": 256, "stage1_generation": 64, "stage2": 32, "stage3_comprehension": 128,
+        "stage3_generation": 64,
+    }[name]  # fmt: skip
+    main_group = next(group for group in reversed(stage.trainable))
+    assert stage.lr_of(main_group, config.optimizer.lr, config.optimizer.adapter_lr) == expected_lr
+    assert global_batch_size(config) == expected_batch
+    assert config.training.precision == "bf16"
+    assert config.training.num_epochs == 1
+    stages_before = {source.split(f"{family}_", 1)[1] for source in config.checkpoint.init_from}
+    assert all((CONFIGS / f"{family}_{before}.yaml").is_file() for before in stages_before)
+    assert bool(stages_before) == (not name.startswith("stage1"))
+
+
+def test_the_dry_run_counts_what_each_stage_trains() -> None:
+    """Totals of HealthGPT-M3's groups as the paper's sizes give them."""
+    text = describe(load_config(CONFIGS / "m3_stage3_comprehension.yaml"), 8)
+    assert re.search(r"^hlora_comprehension +102,891,520  trainable$", text, re.M)
+    assert re.search(r"^hlora_generation +404,881,408  frozen$", text, re.M)
+    assert re.search(r"^abstract_adapter +12,589,056  trainable$", text, re.M)
+    assert re.search(r"^concrete_adapter +12,589,056  frozen$", text, re.M)
+    assert re.search(r"115,480,576 trainable", text)
+    assert re.search(r"^data parallel size +8$", text, re.M)
+    assert re.search(r"^micro-batches per rank +4 of 4 samples$", text, re.M)
+    assert re.search(r"^tokens per optimizer step +at most 262,144$", text, re.M)  # 128 samples x 2048
+    assert re.search(r"abstract_adapter 2e-05, hlora_comprehension 0.0002$", text, re.M)
+
+
+def test_the_dry_run_counts_only_the_new_rows_of_stage_1() -> None:
+    text = describe(load_config(CONFIGS / "m3_stage1_generation.yaml"), 8)
+    assert re.search(r"^embeddings +125,829,120  trainable: 25,175,040 in the VQ rows$", text, re.M)  # 8195 x 3072
+
+
+def test_the_dry_run_reads_the_length_of_an_epoch_from_the_manifests(tmp_path: Path) -> None:
+    folders = []
+    for name, counts in (("a", {"comprehension": 9, "generation": 3}), ("b", {"comprehension": 4})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"counts": {"per_task": counts}}))
+        folders.append(str(tmp_path / name))
+    overrides = ["training.num_steps=null", "training.num_epochs=2", "training.micro_batch_size=2"]
+    config = tiny(*overrides, f"data.train={folders}")
+    # 13 comprehension and 3 generation samples: 7 + 2 micro-batches, 4 per step, so 3 steps per epoch.
+    assert "2 epochs of 16 samples: 6 steps" in describe(config, 1)
+    config.training.stage = "stage3_generation"
+    assert "2 epochs of 3 samples: 2 steps" in describe(config, 1)
+    (tmp_path / "a" / "manifest.json").write_text("{}")
+    assert "unreadable manifest" in describe(config, 1)
+
+
+def test_a_dry_run_imports_no_megatron() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from megatron_hgpt.cli import run; "
+        f"assert run(['--config', {str(CONFIGS / 'm3_stage2.yaml')!r}, '--dry-run']) == 0; "
+        "import torch; assert not torch.distributed.is_initialized(); "
+        "assert not [name for name in sys.modules if name.startswith(('megatron.core', 'transformers'))]"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parents[1], timeout=120
+    )
+    assert result.returncode == 0, result.stderr
