@@ -276,7 +276,7 @@ class Checkpointer:
         _check_fits(self.config, folder, info)
         if info["stage"] != self.config.training.stage:
             raise CheckpointError(
-                f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its own "
+                f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
                 "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
             )
         model_state = _model_state(model, _SAVED_GROUPS)

@@ -183,8 +183,8 @@ def _disable_jit_fuser() -> None:
 
 def _replace_rng_functions() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = _cpu_rng_state
-    random._set_cuda_rng_state = _set_cpu_rng_state
+    random._get_cuda_rng_state = _cpu_rng_state  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = _set_cpu_rng_state  # type: ignore[attr-defined]
     random.CudaRNGStatesTracker.fork = _fork
 
 

@@ -1,4 +1,4 @@
-"""Batch to loss: the function Megatron's schedules call for each micro-batch. Knows the model, not logging or saving."""
+"""Batch to loss: what Megatron's schedules call for each micro-batch. Knows the model, not logging or saving."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tenso
     Returns:
         The losses of the supervised positions, and the function that reduces them.
     """
-    batch = next(batches).to(torch.cuda.current_device())
+    batch = next(batches).to(torch.device(torch.cuda.current_device()))
     return model(batch), partial(_loss_of, batch)

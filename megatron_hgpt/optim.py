@@ -42,7 +42,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One AdamW step of every group that has gradients."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -76,7 +76,7 @@ def _idle_aware(adam: type) -> type:
 
     class IdleAwareAdam(adam):  # type: ignore[misc,valid-type]
         def step(self, *args: Any, **kwargs: Any) -> Any:
-            every_group = self.param_groups
+            every_group = self.param_groups  # type: ignore[has-type]
             self.param_groups = [group for group in every_group if not group.get("idle", False)]
             try:
                 return super().step(*args, **kwargs)

@@ -45,7 +45,7 @@ def main(config: RunConfig) -> None:
         model = build_model(config, context.device, dropout=dict(stage.dropout))
         trained = load_weights(model, config, config.checkpoint.init_from)
         trainable = freeze_except(model, stage.trainable)
-        tokenizer = TextTokenizer.load(config.model.tokenizer or config.model.backbone)
+        tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
         batch_size = global_batch_size(config)
         loader = build_loader(
             config,
@@ -68,9 +68,7 @@ def main(config: RunConfig) -> None:
                 len(trainable),
                 ", ".join(stage.trainable),
             )
-        checkpointer = Checkpointer(
-            config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer
-        )
+        checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
         hooks = build_hooks(
             config,
             rank=context.rank,
@@ -93,7 +91,7 @@ def main(config: RunConfig) -> None:
 
 
 def _path_parameters(config: RunConfig) -> PathParameters:
-    """Parameters that a token passes, for the 4N rule: the language model with its plugins; the head counts, tables do not."""
+    """Parameters that a token passes, for the 4N rule: layers, plugins and head; the embedding table does not count."""
     from megatron_hgpt.model.parameter_counts import count_parameters
 
     stage = resolve_stage(config.training)

@@ -106,7 +106,7 @@ class Trainer:
             transformer,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                # Idle plugins report no gradient, which the overlapped reduction asserts against; adapter traffic is small.
+                # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
                 overlap_grad_reduce=False,
                 use_distributed_optimizer=config.parallel.use_distributed_optimizer,
                 check_for_nan_in_grad=True,
@@ -230,7 +230,9 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        restored = self.checkpointer.restore_latest(self.model, self.optimizer) if self.config.checkpoint.resume else None
+        restored = (
+            self.checkpointer.restore_latest(self.model, self.optimizer) if self.config.checkpoint.resume else None
+        )
         if restored is None:
             return
         self.step = restored.step
@@ -240,9 +242,7 @@ class Trainer:
         logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
 
     def _save(self) -> None:
-        path = self.checkpointer.save(
-            self.model, self.optimizer, step=self.step, loader_state=self.loader.state_dict()
-        )
+        path = self.checkpointer.save(self.model, self.optimizer, step=self.step, loader_state=self.loader.state_dict())
         for hook in self.hooks:
             hook.on_checkpoint_saved(self.state, path)
 

@@ -46,8 +46,10 @@ _AT_LEAST = {
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
     "parallel.tensor_model_parallel_size": 1,
+    "training.seed": 0,
 }
-_SHARES = ("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.min_lr_ratio", "optimizer.warmup_ratio")
+_SHARES = ("optimizer.min_lr_ratio", "optimizer.warmup_ratio")
+_DECAYS = ("optimizer.adam_beta1", "optimizer.adam_beta2")
 
 
 def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) -> None:
@@ -126,7 +128,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     for name in ("num_steps", "num_epochs"):
         value = getattr(training, name)
-        if value is not None and value <= 0:
+        if value is not None and not (math.isfinite(value) and value > 0):
             yield f"training.{name}={value} must be positive"
     for task in TASKS:
         plugin: HLoRAPluginConfig | None = getattr(model.hlora, task.value)
@@ -161,6 +163,10 @@ def _range_problems(config: RunConfig) -> Iterator[str]:
         value = operator.attrgetter(name)(config)
         if value is not None and not 0 <= value <= 1:
             yield f"{name}={value} must be a share between 0 and 1"
+    for name in _DECAYS:
+        value = operator.attrgetter(name)(config)
+        if not 0 <= value < 1:
+            yield f"{name}={value} must be at least 0 and below 1"
 
 
 def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
@@ -202,6 +208,8 @@ def _plugin_problems(name: str, plugin: HLoRAPluginConfig) -> Iterator[str]:
             f"{name}.lora_rank={plugin.lora_rank} must be a positive multiple of num_experts={plugin.num_experts}: "
             "it is the total over all experts"
         )
+    if not (math.isfinite(plugin.alpha) and plugin.alpha > 0):
+        yield f"{name}.alpha={plugin.alpha} must be a positive number: the plugin's output is scaled by it"
     if not 0.0 <= plugin.dropout < 1.0:
         yield f"{name}.dropout={plugin.dropout} must be at least 0 and below 1"
 

@@ -155,12 +155,17 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
     card = json.loads((dataset / "sources.json").read_text())
     files = [dataset / picture["image"] for picture in card["pictures"] if picture["split"] == "train"]
     code = _code(*(f"megatron_hgpt.vision.{module}" for module in ("vqgan_training", "vqgan", "vqgan_blocks")))
-    settings = {"resolution": VQGAN["resolution"], "num_codes": VQGAN["num_codes"], "num_steps": num_steps, "seed": seed}
+    settings = {
+        "resolution": VQGAN["resolution"],
+        "num_codes": VQGAN["num_codes"],
+        "num_steps": num_steps,
+        "seed": seed,
+    }
     inputs = {"images": _digest(*files), **settings, "code": code}
     with step("vqgan", folder, inputs) as target:
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]
-            figures = vqgan_training.train_vqgan(images, target, **settings)
+            figures = vqgan_training.train_vqgan(images, target, **settings)  # type: ignore[arg-type]
             print(f"  round trip {figures['psnr']:.1f} dB, {figures['codes_used']:.0f} codes used", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Evaluate a trained run on a JSON file: answers scored by exact match, pictures by SSIM, PSNR and MSE.
 
-    torchrun --nproc-per-node 2 tools/evaluate.py --checkpoint runs/demo/stage3 --data runs/demo/assets/vl_health_mini/test.json \
-        --split held-out --output runs/demo/evaluation/held-out
+    torchrun --nproc-per-node 2 tools/evaluate.py --checkpoint runs/demo/stage3 \
+        --data held-out=runs/demo/assets/vl_health_mini/test.json --output runs/demo/evaluation
 
 Processes beyond --tensor-parallel share the samples. The output folder holds results.json and the pictures.
 """

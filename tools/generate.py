@@ -1,7 +1,7 @@
 """Ask a trained HealthGPT one question, or have it draw.
 
-    python tools/generate.py --checkpoint runs/demo/stage3 --image ct.png --question "What is the modality of this image?"
-    python tools/generate.py --checkpoint runs/demo/stage3 --image ct.png --question "Reconstruct the image." --draw out.png
+    python tools/generate.py --checkpoint runs/demo/stage3 --image ct.png --question "What is the modality?"
+    python tools/generate.py --checkpoint runs/demo/stage3 --image ct.png --question "Reconstruct it." --draw out.png
 
 The `<image>` placeholders are put in front of the question, one per --image, unless it has them already.
 """

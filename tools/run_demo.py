@@ -83,26 +83,34 @@ def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder:
         source, target = folder / assets[name], output / "data" / split
         inputs = [source, folder / assets["vqgan"] / "last.ckpt", folder / assets["tokenizer"] / "tokenizer.json"]
         manifest = target / "manifest.json"
-        if manifest.is_file() and all(manifest.stat().st_mtime > file.stat().st_mtime for file in inputs if file.exists()):
+        if manifest.is_file() and all(
+            manifest.stat().st_mtime > file.stat().st_mtime for file in inputs if file.exists()
+        ):
             print(f"{target}: up to date, skipped", flush=True)
             continue
-        run([sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_vl_health.py"), "--config", str(stage_config),
+        run([sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_vl_health.py"),
+             "--config", str(stage_config),
              "--input", str(source), "--image-root", str(source.parent), "--output", str(target), "--overwrite",
              "--workers", "2"])  # fmt: skip
 
 
 def train(config: Path, overrides: list[str]) -> None:
     """One stage through the launcher that users have."""
-    run(["bash", str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(config), *overrides], PYTHON=sys.executable,
-        PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
+    run(["bash", str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(config), *overrides],
+        PYTHON=sys.executable, PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
 
 
-def evaluate(output: Path, assets: dict[str, Any], folder: Path, *, max_vqa: int | None, max_images: int | None) -> None:
+def evaluate(
+    output: Path, assets: dict[str, Any], folder: Path, *, max_vqa: int | None, max_images: int | None
+) -> None:
     """Both splits with the last stage's model; every core holds a whole model and a share of the samples."""
     processes = min(2, os.cpu_count() or 1)
-    limits = [f"--{name}={value}" for name, value in (("max-vqa", max_vqa), ("max-images", max_images)) if value is not None]
+    limits = [
+        f"--{name}={value}" for name, value in (("max-vqa", max_vqa), ("max-images", max_images)) if value is not None
+    ]
     run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"), "--output", str(output / "evaluation"),
+         str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"),
+         "--output", str(output / "evaluation"),
          "--data", f"train={folder / assets['train']}", "--data", f"held-out={folder / assets['test']}", *limits],
         OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONPATH=str(ROOT))  # fmt: skip
 
@@ -117,7 +125,9 @@ def main() -> int:
     parser.add_argument("--max-images", type=int, help="pictures evaluated per split at most")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every stage's configuration")
     arguments = parser.parse_intermixed_args()
-    output: Path = (arguments.output or ROOT / "runs" / ("demo" if arguments.backbone == "tiny" else "demo-smollm2")).resolve()
+    output: Path = (
+        arguments.output or ROOT / "runs" / ("demo" if arguments.backbone == "tiny" else "demo-smollm2")
+    ).resolve()
     started = time.monotonic()
 
     from build_demo_assets import build_assets
@@ -143,7 +153,10 @@ def main() -> int:
         runs=[output / stage for stage in STAGES],
         evaluations={split: output / "evaluation" / split for split in ("train", "held-out")},
         title="HealthGPT demo",
-        notes={"Backbone": arguments.backbone, "Wall time": f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores"},
+        notes={
+            "Backbone": arguments.backbone,
+            "Wall time": f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores",
+        },
     )
     print_summary(output)
     print(f"\nreport: {output / 'report.html'}\nwall time: {time.monotonic() - started:.0f} s", flush=True)

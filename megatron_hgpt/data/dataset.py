@@ -81,7 +81,7 @@ class VLDataset:
 
     @property
     def tasks(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """uint8 [n]: `Task.index` of each sample."""
+        """uint8 [n]: `Task.code` of each sample."""
         return self._reader.tasks
 
     def __len__(self) -> int:

@@ -87,7 +87,7 @@ class SampleSource:
 
     def members(self, task: Task) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Indices of the samples of one task."""
-        return np.flatnonzero(self.tasks == task.index)
+        return np.flatnonzero(self.tasks == task.code)
 
 
 class TrainLoader:
@@ -224,7 +224,7 @@ class TrainLoader:
         members = self._members[task]
         if not self._shuffle:
             return members
-        return np.random.default_rng([self._seed, epoch, task.index]).permutation(members)
+        return np.random.default_rng([self._seed, epoch, task.code]).permutation(members)
 
     def _build(self, index: int) -> tuple[MicroBatch, Counter[str]]:
         """Micro-batch `index` of the endless sequence."""

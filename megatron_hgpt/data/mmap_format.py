@@ -4,7 +4,7 @@
     loss_mask.bin/.idx   uint8, as long as the tokens; 1 where the token is supervised
     images.bin/.idx      uint8, one document per sample with one sequence (a PNG file) per image, possibly none
     sample_ids.bin/.idx  uint8, UTF-8, one document per sample
-    tasks.npy            uint8, `Task.index` of each sample
+    tasks.npy            uint8, `Task.code` of each sample
     manifest.json        schema version, tokenizer, template, vocabulary, VQGAN, counts, skips, sha256 of each file
     skipped.jsonl        one line per skipped record that is listed: id, reason, detail
 
@@ -108,7 +108,7 @@ class DatasetWriter:
         self._add_document("images", np.frombuffer(b"".join(images), np.uint8), [len(image) for image in images])
         encoded_id = np.frombuffer(sample_id.encode(), np.uint8)
         self._add_document("sample_ids", encoded_id, [len(encoded_id)])
-        self._tasks.append(task.index)
+        self._tasks.append(task.code)
         self._per_task[task.value] += 1
         self._per_source[source] += 1
         for key, number in (("samples", 1), ("images", len(images)), ("tokens", len(tokens))):

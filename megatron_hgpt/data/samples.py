@@ -5,8 +5,9 @@ Shape legend: b = micro-batch size (samples), s = padded sequence length (tokens
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ IMAGE_PLACEHOLDER = "<image>"
 """The same place in the text of a conversation."""
 
 
-class Task(str, Enum):
+class Task(StrEnum):
     """What the model does with a sample; selects vision depth, adapter and H-LoRA plugin (hard routing)."""
 
     COMPREHENSION = "comprehension"
     GENERATION = "generation"
 
     @property
-    def index(self) -> int:
+    def code(self) -> int:
         """0 for comprehension, 1 for generation: how the task is stored in binary files."""
         return list(Task).index(self)
 
@@ -102,7 +103,11 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy with every tensor on `device`."""
-        moved = {name: getattr(self, name) for name in self.__slots__}
-        return MicroBatch(
-            **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in moved.items()}
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+            image_mask=self.image_mask.to(device),
+            pixel_values=self.pixel_values.to(device),
         )

@@ -1,4 +1,4 @@
-"""Core attention through torch's scaled_dot_product_attention: what the local spec uses where Transformer Engine is not.
+"""Core attention through torch's scaled_dot_product_attention: what the local spec uses without Transformer Engine.
 
 Against megatron.core's DotProductAttention it never writes the [b, heads, s, s] scores to memory.
 """

@@ -15,7 +15,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _forward_kernel(z, mask, u, scale, R: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, M: tl.constexpr):
+def _forward_kernel(
+    z, mask, u, scale, R: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, M: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns, experts = tl.arange(0, BR), tl.arange(0, BK)
     logits = tl.load(z + row * (R + K) + R + experts, mask=experts < K, other=float("-inf")).to(tl.float32)

@@ -5,7 +5,7 @@ tensor-parallel size; sequence parallelism (SP) shards s over T.
 
 Column (QKV, FC1)   P replicated, runs on the local tokens of the norm output; only u is gathered: [s, b, r] and never
                     [s, b, h]. Its backward is a reduce-scatter (SP) or an all-reduce.
-Row (proj, FC2)     P sharded on its input, z is a partial sum and is reduced BEFORE the gate; B replicated on local tokens.
+Row (proj, FC2)     P sharded on its input, z is a partial sum, reduced BEFORE the gate; B replicated on local tokens.
 
 Under SP the gradients of replicated factors (P of column, B of row) are sums over local tokens only: their
 ``sequence_parallel`` flag makes Megatron's finalize_model_grads add them up over T.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -43,6 +43,9 @@ class HLoRALinearMixin:
     active_task: Task | None
     sequence_parallel: bool
     tp_group: Any
+    config: Any
+    weight: nn.Parameter
+    state_dict: Any
 
     def _add_plugins(
         self,
@@ -67,7 +70,7 @@ class HLoRALinearMixin:
             )
             for name, parameter in plugin.named_parameters():
                 if name.startswith(replicated):
-                    parameter.sequence_parallel = self.sequence_parallel
+                    parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
                 else:
                     set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
             self.hlora[task.value] = plugin
@@ -75,7 +78,7 @@ class HLoRALinearMixin:
     def _active_plugin(self) -> HLoRAPlugin | None:
         if self.active_task is None or self.active_task.value not in self.hlora:
             return None
-        return self.hlora[self.active_task.value]
+        return cast(HLoRAPlugin, self.hlora[self.active_task.value])
 
     def _rng_context(self) -> Any:
         # Under SP every rank drops other tokens; without, all ranks see the same tokens and must agree on the mask.
@@ -84,7 +87,7 @@ class HLoRALinearMixin:
     def _sharded_state_dict(self, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:
         for name, parameter in self.hlora.named_parameters():
             if getattr(parameter, "tensor_model_parallel", False):
-                axes[f"hlora.{name}"] = parameter.partition_dim
+                axes[f"hlora.{name}"] = parameter.partition_dim  # type: ignore[attr-defined]
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,19 +18,20 @@ from megatron_hgpt.evaluation.results import ImageResult, VQAResult
 from megatron_hgpt.inference.generator import Prompt
 from megatron_hgpt.inference.loading import LoadedRun
 from megatron_hgpt.vision.preprocess import load_image
-from megatron_hgpt.vl_health.llava_json import parse_record, read_records
+from megatron_hgpt.vl_health.llava_json import parse_record, read_records, record_id
 
 logger = logging.getLogger(__name__)
 
 
 def read_samples(path: Path, image_root: Path) -> tuple[list[Sample], dict[str, int]]:
     """Samples of a JSON file, and the count of skipped records by reason."""
-    samples, skipped = [], {}
-    for record in read_records(path):
+    samples: list[Sample] = []
+    skipped: dict[str, int] = {}
+    for number, record in enumerate(read_records(path)):
         try:
-            samples.append(parse_record(record, image_root))
+            samples.append(parse_record(record, image_root, default_id=str(number)))
         except SkipSample as error:
-            logger.warning("record %s skipped: %s", record.get("id"), error)
+            logger.warning("record %s skipped: %s", record_id(record, str(number)), error)
             skipped[error.reason] = skipped.get(error.reason, 0) + 1
     return samples, skipped
 
@@ -65,7 +66,7 @@ def draw_samples(run: LoadedRun, samples: Iterable[Sample]) -> list[ImageResult]
     drawn = run.generator.draw_images(prompts, vqgan)
     results = []
     for sample, output in zip(samples, drawn, strict=True):
-        target = vqgan.preprocess(load_image(sample.target_image)).unsqueeze(0).to(run.context.device)
+        target = vqgan.preprocess(load_image(cast(Path, sample.target_image))).unsqueeze(0).to(run.context.device)
         with torch.inference_mode():
             round_trip = vqgan.decode(vqgan.encode(target))[0]
         results.append(

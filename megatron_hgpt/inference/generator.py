@@ -144,7 +144,9 @@ class Generator:
         self, prompts: Sequence[Prompt], *, sampling: Sampling | None = None, constrained: bool = True
     ) -> list[list[int]]:
         """VQ indices of one image per prompt, raster order; exactly `num_indices` of them when constrained."""
-        return self.draw_encoded([self.encode(prompt) for prompt in prompts], sampling=sampling, constrained=constrained)
+        return self.draw_encoded(
+            [self.encode(prompt) for prompt in prompts], sampling=sampling, constrained=constrained
+        )
 
     def draw_encoded(
         self, prompts: Sequence[EncodedPrompt], *, sampling: Sampling | None = None, constrained: bool = True

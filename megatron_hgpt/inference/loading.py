@@ -61,7 +61,7 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     context = distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config, context.device)
     load_weights(model, config, [str(folder)])
-    tokenizer = TextTokenizer.load(config.model.tokenizer or config.model.backbone)
+    tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
     generator = Generator(
         model,
         tokenizer,

@@ -49,7 +49,9 @@ def image_sampler(
         pictures = []
         for sample, row in zip(samples, rows, strict=True):
             target = generator.vocabulary.decode_ids(sample.tokens.tolist())
-            pictures.append((f"{sample.sample_id}: input, target, drawn", _row(sample.images, decode(target), decode(row))))
+            pictures.append(
+                (f"{sample.sample_id}: input, target, drawn", _row(sample.images, decode(target), decode(row)))
+            )
         return pictures
 
     return sample_images
@@ -65,7 +67,7 @@ def _generation_samples(config: RunConfig, tokenizer_hash: str) -> list[EncodedS
             template=config.model.template,
             system_prompt=config.model.system_prompt,
         )
-        for index in (dataset.tasks == Task.GENERATION.index).nonzero()[0]:
+        for index in (dataset.tasks == Task.GENERATION.code).nonzero()[0]:
             if len(chosen) == config.logging.num_sample_images:
                 return chosen
             chosen.append(dataset[int(index)])

@@ -63,19 +63,29 @@ def _size(config: Mapping[str, Any], field: str) -> int:
     return value
 
 
+def _number(config: Mapping[str, Any], field: str, default: float) -> float:
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise _refuse(field, value, "a positive number")
+    return float(value)
+
+
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """theta from `rope_parameters` (transformers 5) or `rope_theta` (4); scaled or partial rotary is refused."""
     rope: dict[str, Any] = {"rope_theta": config.get("rope_theta"), "factor": config.get("partial_rotary_factor")}
     for section in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(section) or {}, Mapping):
+            raise _refuse(section, config[section], "a section with rope_type 'default' and rope_theta, or null")
         values = dict(config.get(section) or {})
         rope["rope_theta"] = values.pop("rope_theta", rope["rope_theta"])
         rope["factor"] = values.pop("partial_rotary_factor", rope["factor"])
-        kinds = {values.pop("rope_type", None), values.pop("type", None)}
-        if values or not kinds <= {None, "default"}:
+        kinds = [values.pop("rope_type", None), values.pop("type", None)]
+        if values or any(kind not in (None, "default") for kind in kinds):
             raise _refuse(section, config[section], "rope_type 'default' and rope_theta alone")
     if rope["factor"] not in (None, 1):
         raise _refuse("partial_rotary_factor", rope["factor"], "1.0")
-    return 10000.0 if rope["rope_theta"] is None else float(rope["rope_theta"])  # the default of all three families
+    theta = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]  # the default of all three families
+    return _number({"rope_theta": theta}, "rope_theta", theta)
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
@@ -97,6 +107,8 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
         ConfigError: a missing field, or a value that would change the computation in a way not implemented here.
     """
     architectures = config.get("architectures") or ["(missing)"]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise _refuse("architectures", architectures, "a list with one of " + ", ".join(_FAMILIES))
     if architectures[0] not in _FAMILIES:
         raise _refuse("architectures", architectures[0], ", ".join(_FAMILIES))
     family = _FAMILIES[architectures[0]]
@@ -110,7 +122,7 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
     for field in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if config.get(field):
             raise _refuse(field, config[field], "0.0")
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         raise _refuse("layer_types", config["layer_types"], "full_attention in every layer")
     num_heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     num_kv_heads = num_heads
@@ -131,7 +143,7 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
         num_kv_heads=num_kv_heads,
         head_dim=hidden_size // num_heads if config.get("head_dim") is None else _size(config, "head_dim"),
         rope_theta=_rope_theta(config),
-        rms_eps=float(config.get("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6)),
+        rms_eps=_number(config, "rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
         qkv_bias=family == "qwen2",
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_size(config, "max_position_embeddings"),

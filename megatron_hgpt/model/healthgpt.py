@@ -1,7 +1,7 @@
 """HealthGPT: frozen CLIP tower, one adapter per task, and a Megatron GPT whose linears carry two H-LoRA plugins.
 
 One model holds both tasks; a micro-batch carries its task, which picks vision depth, adapter and plugin.
-Shapes: b samples, s tokens (padded), n images, p image tokens, h hidden size, T tensor-parallel size, V padded vocabulary.
+Shapes: b samples, s tokens (padded), n images, p image tokens, h hidden size, T tensor-parallel size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -112,7 +112,6 @@ class HealthGPT(MegatronModule):
         position_ids: torch.Tensor,
         image_mask: torch.Tensor | None,
         features: torch.Tensor | None,
-
     ) -> torch.Tensor:
         """Word embeddings with image features spliced in: [s, b, h], or [s/T, b, h] under sequence parallelism."""
         embedded = self.language_model.embedding(input_ids=tokens, position_ids=position_ids)  # [s, b, h]

@@ -71,13 +71,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 rank, succeeded, value = results.get(timeout=1.0)
             except queue.Empty:
                 waited += 1.0
-                dead = [
-                    r for r, p in enumerate(processes) if r not in outcome and p.exitcode not in (None, 0)
-                ]
+                dead = [r for r, p in enumerate(processes) if r not in outcome and p.exitcode not in (None, 0)]
                 if dead:
                     raise AssertionError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}") from None
                 if waited > timeout_s:
-                    raise AssertionError(f"ranks {set(range(world_size)) - set(outcome)} hung > {timeout_s} s") from None
+                    raise AssertionError(
+                        f"ranks {set(range(world_size)) - set(outcome)} hung > {timeout_s} s"
+                    ) from None
                 continue
             if not succeeded:
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")

@@ -42,7 +42,7 @@ def write_backbone(folder: Path, family: str = "phi3") -> Path:
 
 def tiny_config(backbone: Path, output_dir: Path, **sections: Any) -> RunConfig:
     """A run of a 2-layer model; `sections` replaces whole sections such as ``parallel``."""
-    plugin = {"num_experts": 4, "dropout": 0.0}
+    plugin: dict[str, Any] = {"num_experts": 4, "dropout": 0.0}
     config = RunConfig(
         name="tiny",
         output_dir=str(output_dir),

@@ -55,7 +55,9 @@ def reference(kind: str, parts: tuple[int, ...], sections: int, groups: int, tp:
     outputs = []
     for i in range(len(parts)):
         section = tensors["p"].unflatten(0, (sections, -1))[i if sections > 1 else 0]
-        outputs.append(hlora_delta(tensors["x"], section[:RANK], section[RANK:], tensors[f"b{i}"], scale=2.0 / RANK * K))
+        outputs.append(
+            hlora_delta(tensors["x"], section[:RANK], section[RANK:], tensors[f"b{i}"], scale=2.0 / RANK * K)
+        )
     # Megatron's order of the fused rows: per KV group q, k, v; per tensor-parallel rank gate, up.
     blocks = groups if groups > 1 else tp if len(parts) > 1 else 1
     delta = torch.cat([output.unflatten(-1, (blocks, -1)) for output in outputs], dim=-1).flatten(-2)

@@ -124,9 +124,7 @@ def changed_groups(backbone: Path, folder: Path) -> dict[str, dict[str, list[str
     context = distributed.initialize(ParallelConfig(), seed=1)
     result = {}
     for stage in STAGES:
-        training = TrainingConfig(
-            stage=stage, num_steps=3, precision="fp32", micro_batch_size=2, global_batch_size=8
-        )
+        training = TrainingConfig(stage=stage, num_steps=3, precision="fp32", micro_batch_size=2, global_batch_size=8)
         trainer = build_trainer(tiny_config(backbone, folder / stage, training=training), context)
         before = {name: value.clone() for name, value in trainer.model.state_dict().items() if value is not None}
         for _ in range(3):

@@ -121,7 +121,9 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
     (resumed,) = run_ranks(plain_tensors, 1, killed / "checkpoints" / "step_00000040")
     assert whole.keys() == resumed.keys()
     assert any(".hlora." in name for name in whole)
-    different = [name for name in whole if not torch.equal(torch.from_numpy(whole[name]), torch.from_numpy(resumed[name]))]
+    different = [
+        name for name in whole if not torch.equal(torch.from_numpy(whole[name]), torch.from_numpy(resumed[name]))
+    ]
     assert different == []
 
 

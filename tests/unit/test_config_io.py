@@ -172,3 +172,68 @@ def test_loaded_configurations_share_nothing() -> None:
     second = load_config(preset="tiny")
     assert second.model.hf_config["hidden_size"] == 128
     assert second.data.train == []
+
+
+def test_the_file_at_fault_is_named_not_the_one_above_it(tmp_path: Path) -> None:
+    beneath = write(tmp_path, "beneath.yaml", "optimizer: {lrr: 1.0}\n")
+    above = write(tmp_path, "above.yaml", "base: beneath.yaml\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{beneath}: unknown key optimizer.lrr")):
+        load_config(above)
+    fine = write(tmp_path, "fine.yaml", "name: fine\n")
+    with pytest.raises(ConfigError, match="^the command line: training.seed='a' must be int"):
+        load_config(fine, ["training.seed=a"])
+
+
+def test_files_that_lead_to_each_other_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "base: b.yaml\n")
+    write(tmp_path, "b.yaml", "base: ./c.yaml\n")
+    write(tmp_path, "c.yaml", "base: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: `base` leads back to itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("training: {stage: stage2}\nname: x\ntraining: {num_steps: 3}", "training", "1 and 3"),
+        ("optimizer:\n  lr: 1.0\n  clip_grad: 1.0\n  lr: 2.0", "lr", "2 and 4"),
+        ("optimizer: {lr: 1.0, lr: 2.0}", "lr", "1 and 1"),
+        ("model: {hf_config: {a: [{b: 1, b: 2}]}}", "b", "1 and 1"),
+    ],
+)
+def test_a_repeated_key_is_refused_because_the_first_would_be_lost(
+    text: str, key: str, lines: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"run.yaml: key '{key}' stands on lines {lines}"):
+        load_config(write(tmp_path, "run.yaml", text))
+
+
+def test_the_same_name_in_two_sections_is_no_repetition(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "run.yaml", "model:\n  vq: {path: a}\n  vision: {tower: b}\nname: path\n"))
+    assert (config.model.vq.path, config.model.vision.tower) == ("a", "b")
+
+
+def test_a_message_is_one_line_even_where_yaml_s_own_has_several(tmp_path: Path) -> None:
+    # The second is a ValueError of PyYAML's, not a YAMLError: a date that does not exist.
+    for text in ("training: {stage: [", "name: 2020-13-45"):
+        with pytest.raises(ConfigError, match=r"run\.yaml is not valid YAML: ") as caught:
+            load_config(write(tmp_path, "run.yaml", text))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"the value of override 'data\.train=\[a' is not valid YAML"):
+        load_config(None, ["data.train=[a"])
+
+
+def test_lists_replace_and_dictionaries_merge(tmp_path: Path) -> None:
+    write(tmp_path, "beneath.yaml", "data: {train: [a, b], mixture: {comprehension: 1, generation: 2}}\n")
+    run = write(tmp_path, "run.yaml", "base: beneath.yaml\ndata: {train: [c], mixture: {generation: 3}}\n")
+    config = load_config(run)
+    assert config.data.train == ["c"]
+    assert config.data.mixture == {"comprehension": 1.0, "generation": 3.0}
+
+
+def test_a_section_that_was_null_can_be_filled_again() -> None:
+    overrides = ["model.hlora.generation=null", "model.hlora.generation.lora_rank=8"]
+    plugin = load_config(None, overrides, preset="tiny").model.hlora.generation
+    assert plugin is not None
+    assert plugin.lora_rank == 8
+    assert plugin.num_experts == 4  # what is not named is the default, not what stood there before

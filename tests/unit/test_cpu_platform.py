@@ -58,7 +58,8 @@ REPLACED = {
         from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
         from megatron.core.optimizer import OptimizerConfig
         p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-        o = Float16OptimizerWithFloat16Params(torch.optim.SGD([p], lr=1.0), OptimizerConfig(lr=1.0, bf16=True), None, None)
+        config = OptimizerConfig(lr=1.0, bf16=True)
+        o = Float16OptimizerWithFloat16Params(torch.optim.SGD([p], lr=1.0), config, None, None)
         assert o.fp32_from_float16_groups[0][0].dtype == torch.float32
         """,
     "causal masks are built on the CPU": """

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 OPTIONAL = (
     "transformers", "tokenizers", "sentencepiece", "gguf", "safetensors", "skimage", "scipy", "pydicom", "nibabel",
-    "tensorboard", "matplotlib", "torchmetrics", "pyarrow", "triton", "transformer_engine", "apex", "deepspeed", "gradio", "wandb",
+    "tensorboard", "matplotlib", "torchmetrics", "pyarrow", "triton", "transformer_engine", "apex", "deepspeed",
+    "gradio", "wandb",
 )  # fmt: skip
 
 IMPORT_EVERYTHING = """

@@ -105,6 +105,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lacks 'max_position_embeddings'": (PHI3, {"max_position_embeddings": None}),
     "num_hidden_layers='4'": (PHI3, {"num_hidden_layers": "4"}),
     "intermediate_size=-1": (PHI3, {"intermediate_size": -1}),
+    # Values that are not even of the right type
+    "architectures='Phi3ForCausalLM'": (PHI3, {"architectures": "Phi3ForCausalLM"}),
+    "architectures=[['Phi3']]": (PHI3, {"architectures": [["Phi3"]]}),
+    "layer_types=[['full_attention']]": (PHI3, {"layer_types": [["full_attention"]]}),
+    "rms_norm_eps=None": (PHI3, {"rms_norm_eps": None}),
+    "rms_norm_eps='small'": (PHI3, {"rms_norm_eps": "small"}),
+    "rms_norm_eps=0": (PHI3, {"rms_norm_eps": 0}),
+    "rope_theta='fast'": (PHI3, {"rope_theta": "fast"}),
+    "rope_theta=nan": (PHI3, {"rope_theta": float("nan")}),
+    "rope_scaling='linear'": (LLAMA, {"rope_scaling": "linear"}),
+    "rope_scaling={'type': ['default']}": (LLAMA, {"rope_scaling": {"type": ["default"]}}),
 }
 
 
