@@ -11,13 +11,13 @@ TORCH_SPEC ?= $(if $(HAS_GPU),torch==2.11.0,torch==2.13.0)
 STAMP := $(VENV)/.installed
 TIMED = @start=$$(date +%s); trap 'echo "took $$(( $$(date +%s) - start )) s"' EXIT; set -e;
 
-.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-gpu lint clean
+.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow lint clean
 
 help:
 	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 10 minutes)"
 	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
 	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
-	@echo "make test-slow      the tests that make test leaves out;  make test-gpu: those that need a CUDA device"
+	@echo "make test-slow      the tests that make test leaves out"
 	@echo "make lint           ruff and mypy"
 	@echo "make venv           only set up $(VENV)"
 
@@ -52,10 +52,6 @@ test: venv
 test-slow: venv
 	@echo "== the slow tests: what a nightly run does beyond make test"
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "slow and not gpu"
-
-test-gpu: venv
-	@echo "== the tests that need a CUDA device; skipped without one"
-	@$(PYTHON) -m pytest -q -m gpu
 
 lint: venv
 	$(TIMED) echo "== ruff (rules and format) and mypy"; \
