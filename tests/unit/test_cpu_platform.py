@@ -44,7 +44,7 @@ REPLACED = {
     "the gradient norm is taken on the CPU": """
         import torch
         from megatron.core.utils import local_multi_tensor_l2_norm
-        assert float(local_multi_tensor_l2_norm(0, None, [[torch.full((4,), 2.0)]])[0]) == 4.0
+        assert float(local_multi_tensor_l2_norm(0, None, [[torch.full((4,), 2.0)]], False)[0]) == 4.0
         """,
     "the fp32 optimizer's scale lives on the CPU": """
         import torch

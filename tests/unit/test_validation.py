@@ -202,6 +202,8 @@ def test_the_dry_run_reads_the_length_of_an_epoch_from_the_manifests(tmp_path: P
     assert "2 epochs of 16 samples: 6 steps" in describe(config, 1)
     config.training.stage = "stage3_generation"
     assert "2 epochs of 3 samples: 2 steps" in describe(config, 1)
+    config.training.num_epochs = 0.01  # rounds to no step at all, but a run has one
+    assert "0.01 epochs of 3 samples: 1 steps" in describe(config, 1)
     (tmp_path / "a" / "manifest.json").write_text("{}")
     assert "unreadable manifest" in describe(config, 1)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import yaml
 
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.vision.vqgan import VQGAN, VQGANConfig
+from megatron_hgpt.vision.vqgan import VQGAN
 
 TOOL = Path(__file__).parents[3] / "tools" / "build_demo_assets.py"
 
@@ -72,16 +71,10 @@ def test_tower_and_backbone_are_rebuilt_only_for_another_seed(
     assert json.loads((tmp_path / "backbone" / "config.json").read_text())["vocab_size"] == 100
 
 
-def test_vqgan_config_is_what_assets_json_promises(tool: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tool.vqgan_config()))
-    model = VQGAN(VQGANConfig.load(tmp_path / "model.yaml"))
-    assert {name: getattr(model, name) for name in tool.VQGAN} == tool.VQGAN
-
-
 def test_all_tiny_assets(tool: ModuleType, tmp_path: Path) -> None:
     for package in ("pydicom", "nibabel", "skimage", "transformers"):
         pytest.importorskip(package)
-    assets = tool.build_assets(tmp_path, backbone="tiny", vqgan_steps=1)
+    assets = tool.build_assets(tmp_path, backbone="tiny", vqgan_steps=2)
     assert assets == json.loads((tmp_path / "assets.json").read_text())
     for name in ("backbone", "tokenizer", "tower", "vqgan", "train", "test"):
         assert (tmp_path / assets[name]).exists()
