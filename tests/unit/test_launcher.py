@@ -96,7 +96,11 @@ def test_without_arguments_it_runs_the_demo(tmp_path: Path) -> None:
 def test_signals_reach_the_started_process(tmp_path: Path) -> None:
     """The shell is replaced, not kept as a parent: who signals the launcher signals torchrun."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/bash\ntrap 'echo got TERM; exit 7' TERM\necho ready\nwhile :; do sleep 0.05; done\n")
+    # It ends by itself: a launcher that kept the signal to itself fails here and leaves nothing behind.
+    python.write_text(
+        "#!/bin/bash\ntrap 'echo got TERM; exit 7' TERM\necho ready\n"
+        "for i in {1..200}; do sleep 0.05; done\necho no signal came\n"
+    )
     python.chmod(0o755)
     environment = {**ENVIRONMENT, "PYTHON": str(python), "NPROC_PER_NODE": "1"}
     with subprocess.Popen(["bash", LAUNCHER, "a.b=c"], env=environment, stdout=subprocess.PIPE, text=True) as process:
