@@ -100,6 +100,25 @@ def _adam_for_megatron() -> Iterator[None]:
         megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = adam, is_torch
 
 
+def megatron_optimizer_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Fields of Megatron's OptimizerConfig that our sections decide; `optimizer.megatron_overrides` may set others."""
+    settings = config.optimizer
+    base_lr = stage.lr if settings.lr is None else settings.lr
+    return {
+        "optimizer": "adam",
+        "lr": base_lr,
+        "min_lr": base_lr * settings.min_lr_ratio,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_eps": settings.adam_eps,
+        "clip_grad": settings.clip_grad,
+        "bf16": config.training.precision == "bf16",
+        "params_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
+    }
+
+
 def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) -> Any:
     """Megatron's optimizer over the trainable parameters of DDP-wrapped `model_chunks`, one group per stage group.
 
@@ -120,22 +139,8 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
             "max_lr": lr,
             "min_lr": lr * settings.min_lr_ratio,
         }
-    base_lr = stage.lr if settings.lr is None else settings.lr
     megatron_config = MegatronOptimizerConfig(
-        **{
-            "optimizer": "adam",
-            "lr": base_lr,
-            "min_lr": base_lr * settings.min_lr_ratio,
-            "weight_decay": settings.weight_decay,
-            "adam_beta1": settings.adam_beta1,
-            "adam_beta2": settings.adam_beta2,
-            "adam_eps": settings.adam_eps,
-            "clip_grad": settings.clip_grad,
-            "bf16": config.training.precision == "bf16",
-            "params_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-            "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
-            **settings.megatron_overrides,
-        }
+        **megatron_optimizer_settings(config, stage), **settings.megatron_overrides
     )
     with _adam_for_megatron():
         return get_megatron_optimizer(

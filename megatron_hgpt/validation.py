@@ -151,6 +151,8 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"data.mixture.{name}={weight} must be a number of at least 0"
     if config.data.mixture and not any(config.data.mixture.get(task.value) for task in stage.tasks):
         yield f"data.mixture={config.data.mixture} leaves training.stage={training.stage} without samples"
+    if config.data.mixture and (missing := [task.value for task in stage.tasks if task.value not in config.data.mixture]):
+        yield f"data.mixture has no weight for {missing[0]}, which {training.stage} trains; 0 leaves it out"
     _check_megatron_overrides(config, shape)
 
 
@@ -177,6 +179,11 @@ def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
         value = sizes.get(key)
         if type(value) is not int or value < 1:
             yield f"model.vision.hf_config.{key}={value!r} must be a positive integer"
+    if sizes["patch_size"] > sizes["image_size"]:
+        yield (
+            f"model.vision.hf_config.patch_size={sizes['patch_size']} exceeds image_size={sizes['image_size']}: "
+            "a picture would give no token"
+        )
     for task in stage.tasks:
         depth, blocks = getattr(vision, f"{task.value}_hidden_state"), sizes["num_hidden_layers"]
         if not -(blocks + 1) <= depth <= blocks:
@@ -199,7 +206,14 @@ def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:
         cpu_platform.install_if_needed()
         from megatron.core.optimizer import OptimizerConfig
 
+        from megatron_hgpt.optim import megatron_optimizer_settings
+
         check_override_names("optimizer.megatron_overrides", config.optimizer.megatron_overrides, OptimizerConfig)
+        decided = megatron_optimizer_settings(config, resolve_stage(config.training))
+        if clash := sorted(decided.keys() & config.optimizer.megatron_overrides.keys()):
+            raise ConfigError(
+                f"optimizer.megatron_overrides.{clash[0]} is decided by optimizer, parallel or training; set it there"
+            )
 
 
 def _plugin_problems(name: str, plugin: HLoRAPluginConfig) -> Iterator[str]:

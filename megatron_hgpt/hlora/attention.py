@@ -42,6 +42,8 @@ class SDPACoreAttention(DotProductAttention):
             raise ValueError("the local attention takes neither an attention bias nor packed sequences")
         num_queries, num_keys = query.shape[0], key.shape[0]
         window = self.scale_mask_softmax.window_size
+        if window is not None and num_keys <= window[0] + 1:
+            window = None  # every earlier key is inside it: the kernel's own causal path needs no mask in memory
         mask = None if attention_mask is None else ~attention_mask
         is_causal = mask is None and num_queries == num_keys and window is None
         if mask is None and not is_causal and (num_queries > 1 or window is not None):

@@ -7,6 +7,7 @@ only the blocks it needs: one of 24 for generation. transformers' CLIPVisionMode
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class HVPTower(nn.Module):
             ConfigError: no sizes, or a depth outside the tower.
             CheckpointError: the folder lacks tensors or does not fit the configured sizes.
         """
+        _check_keys(vision)
         clip = _load(Path(vision.tower), vision) if vision.tower else _random(vision)
         depths = {
             Task.COMPREHENSION: vision.comprehension_hidden_state,
@@ -87,6 +89,22 @@ class HVPTower(nn.Module):
         for block in self.blocks[: self.num_blocks[task]]:
             hidden = block(hidden, None)
         return hidden[:, 1:]
+
+
+def _check_keys(vision: VisionConfig) -> None:
+    """transformers keeps an unknown key as an attribute, so a misspelt size would silently be the default one.
+
+    Raises:
+        ConfigError: a key of `hf_config` that CLIP's vision configuration lacks, with the nearest one.
+    """
+    from transformers import CLIPVisionConfig
+
+    names = list(CLIPVisionConfig().to_dict())
+    for key in vision.hf_config:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"model.vision.hf_config.{key} is not a field of CLIP's vision configuration{hint}")
 
 
 def _blocks_for(task: Task, index: int, num_layers: int) -> int:

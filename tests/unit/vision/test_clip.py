@@ -130,3 +130,10 @@ def test_blocks_beyond_the_configured_ones_are_refused(folder: Path) -> None:
     # Index -2 would silently be one block shallower. Fails without `unexpected` in `_load`.
     with pytest.raises(CheckpointError, match=r"unexpected .*layers\.2\."):
         HVPTower.from_config(VisionConfig(tower=str(folder)), TASKS)
+
+
+def test_a_misspelt_size_is_refused(folder: Path) -> None:
+    for tower in (None, str(folder)):
+        vision = VisionConfig(tower=tower, hf_config={"num_hiden_layers": 3})
+        with pytest.raises(ConfigError, match="num_hiden_layers is not a field .* did you mean num_hidden_layers"):
+            HVPTower.from_config(vision, [Task.GENERATION])

@@ -1,0 +1,54 @@
+"""Core attention: the sliding window against explicit softmax, and the kernel's causal path where no mask is needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megatron_hgpt.hlora.attention import SDPACoreAttention
+
+HEADS, DIM = 2, 8
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: tuple[int, int] | None) -> Any:
+    core = SimpleNamespace(scale_mask_softmax=SimpleNamespace(window_size=window), softmax_scale=0.3)
+    return SDPACoreAttention.forward(core, query, key, value, None)  # type: ignore[arg-type]
+
+
+def explicit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, left: int | None) -> torch.Tensor:
+    """The formula: position i sees i - left … i."""
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * 0.3
+    for i in range(num_queries):
+        position = i + num_keys - num_queries
+        for j in range(num_keys):
+            if j > position or (left is not None and j < position - left):
+                scores[:, :, i, j] = float("-inf")
+    return torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), value).flatten(2)
+
+
+@pytest.mark.parametrize("left", [None, 0, 2, 4, 5, 6, 7])
+@pytest.mark.parametrize("num_queries", [6, 3, 1])
+def test_equals_the_formula(left: int | None, num_queries: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(n, 2, HEADS, DIM, dtype=torch.float64) for n in (num_queries, 6, 6))
+    got = attend(query, key, value, None if left is None else (left, 0))
+    torch.testing.assert_close(got, explicit(query, key, value, left), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("left", "has_mask"), [(5, False), (4, True)])
+def test_a_window_as_long_as_the_keys_makes_no_mask(
+    left: int, has_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **kwargs: seen.append(kwargs) or real(*args, **kwargs)
+    )
+    attend(*(torch.randn(6, 1, HEADS, DIM) for _ in range(3)), (left, 0))
+    assert (seen[0]["attn_mask"] is not None) == has_mask
+    assert seen[0]["is_causal"] != has_mask
