@@ -207,6 +207,7 @@ def transformer_config(
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        "moe_token_dispatcher_type": "alltoall",  # no experts here; the default one refuses variable lengths
         # Gradients are sums over tokens, divided once by the tokens of the global batch.
         "calculate_per_token_loss": True,
         "window_size": None,

@@ -1,0 +1,212 @@
+"""The real model of one rank on torch's meta device, under a fake process group of the layout's full size.
+
+Counts and dtypes come from the modules that a run would build, not from formulas: what the model's code changes, the
+plan follows. `build_stage` is the one place that knows how a pipeline stage is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_hgpt import cpu_platform
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.errors import HealthGPTError
+from megatron_hgpt.planner.layouts import Layout
+from megatron_hgpt.planner.request import PlanRequest
+from megatron_hgpt.stages import Stage, group_of, resolve_stage
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters of one kind on one rank."""
+
+    name: str
+    """A group of `megatron_hgpt.stages`, with backbone split into base_linears and norms, vocabulary into its two."""
+    is_trained: bool
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankModel:
+    """What a tensor-parallel rank of one pipeline stage holds (all ranks of a stage hold as much)."""
+
+    pipeline_rank: int
+    num_layers: int
+    groups: tuple[ParameterGroup, ...]
+    trained_numels: tuple[int, ...]
+    """Elements of every trained parameter, in the order of the module: it fixes the gradient buffer's padding."""
+    tensor_reduced_numel: int
+    """Elements of trained parameters whose gradients are summed over the tensor-parallel ranks (sequence parallel)."""
+
+    def count(self, *names: str, trained: bool | None = None) -> int:
+        """Parameters of some groups (all without names)."""
+        return sum(
+            group.num_parameters
+            for group in self.groups
+            if (not names or group.name in names) and trained in (None, group.is_trained)
+        )
+
+    def bytes(self, *names: str, trained: bool | None = None) -> int:
+        """Bytes of some groups (all without names), as built."""
+        return sum(
+            group.num_bytes
+            for group in self.groups
+            if (not names or group.name in names) and trained in (None, group.is_trained)
+        )
+
+
+@contextlib.contextmanager
+def fake_process_group(world_size: int, rank: int) -> Iterator[None]:
+    """A process group in which this process is `rank` of `world_size` ranks that do not exist.
+
+    Raises:
+        HealthGPTError: the process has a process group already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if torch.distributed.is_initialized():
+        raise HealthGPTError("the planner needs a process of its own: here a process group is open; close it first")
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def fake_layout(layout: Layout, pipeline_rank: int) -> Iterator[None]:
+    """Megatron's real parallel state of `layout` for the first rank of a pipeline stage."""
+    cpu_platform.install_if_needed()
+    from megatron.core import parallel_state
+
+    # Megatron numbers ranks tensor fastest, then context, data, pipeline.
+    rank = pipeline_rank * (layout.world_size // layout.pipeline)
+    with fake_process_group(layout.world_size, rank):
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                context_parallel_size=layout.context,
+                create_gloo_process_groups=False,
+            )
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def _everything_on_meta() -> Iterator[None]:
+    """Megatron asks for the current CUDA device by name: answer meta, as torch's device context does elsewhere."""
+    real = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.cuda.current_device = real  # type: ignore[assignment]
+
+
+def build_stage(config: RunConfig, *, pre_process: bool, post_process: bool) -> HealthGPT:
+    """The meta-device model of this process's pipeline stage.
+
+    Args:
+        config: the run's configuration, its parallel section as parallel state was initialised.
+        pre_process: the stage holds tower, adapters and embedding.
+        post_process: the stage holds the final norm and the head.
+    """
+    cpu_platform.install_if_needed()
+    from torch import nn
+
+    from megatron_hgpt.model.backbone import read_backbone, transformer_config
+    from megatron_hgpt.model.healthgpt import HealthGPT, plugins_of
+
+    shape = read_backbone(config.model.hf_config)
+    transformer = transformer_config(shape, config.model, config.parallel, config.training)
+    plugins = plugins_of(config, dict(resolve_stage(config.training).dropout))
+    with _everything_on_meta():
+        model = HealthGPT(config, transformer, shape, plugins, torch.device("meta"))
+    # HealthGPT builds all of it on every stage; what another stage holds goes.
+    if not pre_process:
+        model.tower, model.adapters = nn.Module(), nn.ModuleDict()
+        model.language_model.embedding = None
+    if not post_process:
+        model.language_model.output_layer = None
+        model.language_model.decoder.final_layernorm = None
+    return model
+
+
+def _kind_of(name: str) -> str:
+    group = group_of(name)
+    if group == "vocabulary":
+        return "embedding" if "word_embeddings" in name else "head"
+    if group == "backbone":
+        return "base_linears" if ".linear_" in name else "norms"
+    return group
+
+
+def describe_model(model: torch.nn.Module, stage: Stage, *, pipeline_rank: int, num_layers: int) -> RankModel:
+    """Count a model's parameters by kind, and which of them `stage` trains."""
+    wanted = {"vocabulary" if group == "new_rows" else group for group in stage.trainable}
+    totals: dict[tuple[str, bool], list[int]] = {}
+    numels, reduced = [], 0
+    for name, parameter in model.named_parameters():
+        trained = group_of(name) in wanted
+        entry = totals.setdefault((_kind_of(name), trained), [0, 0])
+        entry[0] += parameter.numel()
+        entry[1] += parameter.numel() * parameter.element_size()
+        if trained:
+            numels.append(parameter.numel())
+            reduced += parameter.numel() if getattr(parameter, "sequence_parallel", False) else 0
+    return RankModel(
+        pipeline_rank=pipeline_rank,
+        num_layers=num_layers,
+        groups=tuple(
+            ParameterGroup(name=name, is_trained=trained, num_parameters=count, num_bytes=size)
+            for (name, trained), (count, size) in totals.items()
+        ),
+        trained_numels=tuple(numels),
+        tensor_reduced_numel=reduced,
+    )
+
+
+def build_rank_models(request: PlanRequest, layout: Layout) -> list[RankModel]:
+    """One entry per pipeline rank of `layout`; ranks that hold the same are built once.
+
+    Raises:
+        ConfigError: the model refuses the layout.
+        HealthGPTError: the process has a process group already.
+    """
+    config, last = layout.run_config(request), layout.pipeline - 1
+    built: dict[tuple[bool, bool, int], RankModel] = {}
+    models = []
+    for rank, num_layers in enumerate(layout.layers_per_stage):
+        key = (rank == 0, rank == last, num_layers)
+        if key not in built:
+            with fake_layout(layout, rank):
+                model = build_stage(config, pre_process=key[0], post_process=key[1])
+                if len(model.language_model.decoder.layers) != num_layers:
+                    raise HealthGPTError(
+                        f"{layout.name}: Megatron put {len(model.language_model.decoder.layers)} layers on pipeline "
+                        f"rank {rank}, the plan {num_layers}"
+                    )
+                built[key] = describe_model(model, request.stage, pipeline_rank=rank, num_layers=num_layers)
+        same = built[key]
+        models.append(
+            RankModel(
+                pipeline_rank=rank,
+                num_layers=num_layers,
+                groups=same.groups,
+                trained_numels=same.trained_numels,
+                tensor_reduced_numel=same.tensor_reduced_numel,
+            )
+        )
+    return models

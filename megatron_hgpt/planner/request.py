@@ -1,0 +1,144 @@
+"""What a plan is asked for, and the assumptions that it states."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from megatron_hgpt.config import ParallelConfig, RunConfig
+from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.model.backbone import BackboneShape, read_backbone
+from megatron_hgpt.planner.hardware import Cluster
+from megatron_hgpt.stages import Stage, resolve_stage
+
+BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
+"""Bytes of an activation and of a parameter; with fp8 only the frozen base linears are narrower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """Figures that no model or data sheet gives; every one is printed with the plan."""
+
+    efficiency: float = 0.5
+    """Share of the peak that GEMMs and attention reach."""
+    network_efficiency: float = 0.8
+    """Share of the links' bandwidth that collectives reach."""
+    collective_latency_s: float = 10e-6
+    """Start of one collective, seconds."""
+    elementwise_passes: float = 4.0
+    """Times that every saved activation byte crosses HBM outside the GEMMs: written and read, and its gradient."""
+    reserve_gib: float = 4.0
+    """CUDA context, NCCL buffers, allocator fragmentation and kernels' workspace, GiB."""
+
+    def __post_init__(self) -> None:
+        for name in ("efficiency", "network_efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0 and at most 1")
+        for name in ("collective_latency_s", "elementwise_passes", "reserve_gib"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """One question to the planner.
+
+    Attributes:
+        config: model, stage, micro and global batch size; its parallel section is ignored.
+        precision: bf16, fp8 (frozen base linears stored and multiplied in FP8, all else bf16) or fp32.
+        recompute: none, selective (core attention) or full (every layer).
+        supervised_tokens: supervised positions per sample, by task: all that head and loss work on.
+        tensor, pipeline, context: fixed sizes; None tries every legal one.
+    """
+
+    config: RunConfig
+    cluster: Cluster
+    precision: str = "bf16"
+    recompute: str = "none"
+    distributed_optimizer: bool = True
+    supervised_tokens: dict[Task, int] = field(default_factory=dict)
+    images_per_sample: int = 1
+    tensor: int | None = None
+    pipeline: int | None = None
+    context: int | None = None
+    assumptions: Assumptions = field(default_factory=Assumptions)
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("precision", self.precision, tuple(BYTES)),
+            ("recompute", self.recompute, ("none", "selective", "full")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"--{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+        if self.precision == "fp8" and self.cluster.gpu.fp8_tflops is None:
+            raise ConfigError(f"--precision fp8: {self.cluster.gpu_name} has no FP8 unit; use bf16")
+        for name in ("tensor", "pipeline", "context"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} {value} must be at least 1")
+        if self.images_per_sample < 0:
+            raise ConfigError(f"--images-per-sample {self.images_per_sample} must be at least 0")
+        sequence = self.sequence_length
+        if not 0 < sequence <= self.shape.max_positions:
+            raise ConfigError(
+                f"--seq-length {sequence} must lie between 1 and the backbone's max_position_embeddings="
+                f"{self.shape.max_positions}"
+            )
+        for task, count in self.supervised_tokens.items():
+            if not 0 < count <= sequence:
+                raise ConfigError(
+                    f"{count} supervised tokens of a {task.value} sample must lie between 1 and the sequence "
+                    f"length {sequence}; set --supervised-tokens"
+                )
+        if missing := [task.value for task in self.tasks if not getattr(self.config.model.hlora, task.value)]:
+            raise ConfigError(
+                f"--stage {self.config.training.stage} trains {missing[0]}, but model.hlora.{missing[0]} is null; "
+                "name a stage of the other task"
+            )
+
+    @property
+    def stage(self) -> Stage:
+        """The row of the stage table."""
+        return resolve_stage(self.config.training)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Tasks that the stage trains."""
+        return self.stage.tasks
+
+    @property
+    def shape(self) -> BackboneShape:
+        """Sizes of the backbone."""
+        return read_backbone(self.config.model.hf_config)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sample."""
+        return self.config.model.max_seq_length
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an activation element."""
+        return BYTES[self.precision]
+
+    def config_of(self, parallel: ParallelConfig, overrides: dict[str, object]) -> RunConfig:
+        """The run configuration of one layout, with random weights of the right shapes instead of folders."""
+        vision = dataclasses.replace(self.config.model.vision, tower=None)
+        settings = {**self.config.model.transformer_overrides, **overrides}
+        training = dataclasses.replace(
+            self.config.training,
+            precision="fp32" if self.precision == "fp32" else "bf16",
+            recompute=None if self.recompute == "none" else self.recompute,
+            num_steps=1,
+            num_epochs=None,
+        )
+        model = dataclasses.replace(self.config.model, backbone=None, vision=vision, transformer_overrides=settings)
+        return dataclasses.replace(self.config, model=model, parallel=parallel, training=training)
+
+
+def default_supervised_tokens(config: RunConfig) -> dict[Task, int]:
+    """Generation: all indices of one image with its two marks and the end token. Comprehension: answers of 256."""
+    sequence = config.model.max_seq_length
+    counts = {Task.COMPREHENSION: 256, Task.GENERATION: config.model.vq.num_indices + 3}
+    return {task: min(counts[task], sequence) for task in TASKS}
