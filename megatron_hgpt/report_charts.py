@@ -40,7 +40,7 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, allow_log:
     steps = [x for s in drawn for x, _ in s.points]
     log = allow_log and min(values) > 0 and max(values) / min(values) > 30
     low, high = (min(values), max(values)) if log or min(values) < 0 else (0.0, max(values))
-    ticks = _log_ticks(low, high) if log else _linear_ticks(low, high)
+    ticks = _log_ticks(low, high) if log else linear_ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
     if high == low:
         high = low + 1.0
@@ -62,7 +62,7 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, allow_log:
         f'<text class="tick" x="{_LEFT - 7}" y="{y_of(t) + 3.5:.1f}" text-anchor="end">{_number(t)}</text>'
         for t in ticks
     ]
-    for tick in (t for t in _linear_ticks(x_low, x_high) if t <= x_high and t == int(t)):
+    for tick in (t for t in linear_ticks(x_low, x_high) if t <= x_high and t == int(t)):
         parts.append(
             f'<text class="tick" x="{x_of(tick):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
             f"{int(tick):,}</text>"
@@ -103,7 +103,7 @@ def _smooth(points: list[Point]) -> list[Point]:
     return smoothed
 
 
-def _linear_ticks(low: float, high: float) -> list[float]:
+def linear_ticks(low: float, high: float) -> list[float]:
     """Four to seven round numbers from at or below `low` to at or above `high`."""
     span = (high - low) or abs(high) or 1.0
     magnitude = 10.0 ** math.floor(math.log10(span / 4))

@@ -140,9 +140,7 @@ def legal_layouts(request: PlanRequest) -> tuple[list[Layout], dict[str, int]]:
             continue
         data = request.cluster.num_gpus // (tensor * pipeline * context)
         layers = split_layers(shape.num_layers, pipeline)
-        layouts.append(
-            Layout(tensor=tensor, pipeline=pipeline, context=context, data=data, layers_per_stage=layers)
-        )
+        layouts.append(Layout(tensor=tensor, pipeline=pipeline, context=context, data=data, layers_per_stage=layers))
     if not layouts:
         reasons = "; ".join(sorted(refused, key=lambda reason: -refused[reason])[:3])
         raise ConfigError(f"no layout of {request.cluster.num_gpus} GPUs is legal: {reasons}")

@@ -23,6 +23,8 @@ from megatron_hgpt.stages import Stage, group_of, resolve_stage
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
 
+_META = torch.device("meta")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
@@ -107,21 +109,22 @@ def fake_layout(layout: Layout, pipeline_rank: int) -> Iterator[None]:
 def _everything_on_meta() -> Iterator[None]:
     """Megatron asks for the current CUDA device by name: answer meta, as torch's device context does elsewhere."""
     real = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: _META  # type: ignore[assignment,return-value]
     try:
-        with torch.device("meta"):
+        with _META:
             yield
     finally:
         torch.cuda.current_device = real  # type: ignore[assignment]
 
 
-def build_stage(config: RunConfig, *, pre_process: bool, post_process: bool) -> HealthGPT:
-    """The meta-device model of this process's pipeline stage.
+def build_stage(config: RunConfig, *, pre_process: bool, post_process: bool, device: torch.device = _META) -> HealthGPT:
+    """The model of this process's pipeline stage, its weights undefined.
 
     Args:
         config: the run's configuration, its parallel section as parallel state was initialised.
         pre_process: the stage holds tower, adapters and embedding.
         post_process: the stage holds the final norm and the head.
+        device: where it is built; on meta it has shapes only.
     """
     cpu_platform.install_if_needed()
     from torch import nn
@@ -132,8 +135,8 @@ def build_stage(config: RunConfig, *, pre_process: bool, post_process: bool) -> 
     shape = read_backbone(config.model.hf_config)
     transformer = transformer_config(shape, config.model, config.parallel, config.training)
     plugins = plugins_of(config, dict(resolve_stage(config.training).dropout))
-    with _everything_on_meta():
-        model = HealthGPT(config, transformer, shape, plugins, torch.device("meta"))
+    with _everything_on_meta() if device == _META else contextlib.nullcontext():
+        model = HealthGPT(config, transformer, shape, plugins, device)
     # HealthGPT builds all of it on every stage; what another stage holds goes.
     if not pre_process:
         model.tower, model.adapters = nn.Module(), nn.ModuleDict()

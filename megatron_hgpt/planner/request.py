@@ -122,6 +122,14 @@ class PlanRequest:
         """Bytes of an activation element."""
         return BYTES[self.precision]
 
+    @property
+    def peak_tflops(self) -> float:
+        """Dense peak of the base model's GEMMs, TFLOP/s; fp32 runs as TF32, half of bf16 on every GPU of the table."""
+        gpu = self.cluster.gpu
+        if self.precision == "fp8" and gpu.fp8_tflops is not None:
+            return gpu.fp8_tflops
+        return gpu.bf16_tflops / (2 if self.precision == "fp32" else 1)
+
     def config_of(self, parallel: ParallelConfig, overrides: dict[str, object]) -> RunConfig:
         """The run configuration of one layout, with random weights of the right shapes instead of folders."""
         vision = dataclasses.replace(self.config.model.vision, tower=None)
