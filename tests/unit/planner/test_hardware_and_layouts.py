@@ -1,0 +1,122 @@
+"""Clusters and layouts: what is legal, why the rest is not, and bad input by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_hgpt.config_io import load_config
+from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.planner.hardware import GPUS, Cluster, gpu_named
+from megatron_hgpt.planner.layouts import Layout, legal_layouts, split_layers, trainer_problem
+from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens
+
+
+def request(preset: str = "healthgpt_l14", *overrides: str, num_gpus: int = 512, **changes: Any) -> PlanRequest:
+    config = load_config(preset=preset, overrides=overrides)
+    cluster = Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=num_gpus, gpus_per_node=8)
+    return PlanRequest(
+        config=config, cluster=cluster, **{"supervised_tokens": default_supervised_tokens(config), **changes}
+    )
+
+
+def test_every_legal_layout_uses_all_gpus_and_shards_what_it_says() -> None:
+    layouts, refused = legal_layouts(request("healthgpt_l14", "model.max_seq_length=4096"))
+    assert {layout.tensor for layout in layouts} == {1, 2}  # of 1, 2, 5, 10 those that divide a node of 8
+    assert len({layout.name for layout in layouts}) == len(layouts) > 10
+    for layout in layouts:
+        assert layout.world_size == 512
+        assert sum(layout.layers_per_stage) == 40
+        assert 128 % layout.data == 0  # the stage's global batch
+    assert any(not layout.is_even for layout in layouts)
+    assert any("tensor_model_parallel_size=4" in reason and "10 KV heads" in reason for reason in refused)
+
+
+def test_l14_with_tensor_4_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="40 attention heads with 10 KV heads .* use 1, 2, 5, 10"):
+        legal_layouts(request(tensor=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor": 16, "preset": "healthgpt_m3"}, "tensor 16 does not divide the 8 GPUs of a node"),
+        ({"pipeline": 3}, "does not divide 512 GPUs"),
+        ({"pipeline": 64}, "pipeline 64 exceeds the 40 layers"),
+        ({"tensor": 1, "pipeline": 1}, "global batch 128 is not a multiple of micro batch 1 x data 512"),
+        ({"tensor": 2, "context": 4, "overrides": ["model.max_seq_length=2044"]}, "does not divide into 16 pieces"),
+        (
+            {"tensor": 8, "preset": "healthgpt_m3", "overrides": ["model.vocabulary.pad_to_multiple=1"]},
+            "40206 padded vocabulary rows do not divide by tensor 8",
+        ),
+    ],
+)
+def test_why_a_layout_is_illegal(changes: dict[str, Any], message: str) -> None:
+    preset, overrides = changes.pop("preset", "healthgpt_l14"), changes.pop("overrides", [])
+    with pytest.raises(ConfigError, match=message):
+        legal_layouts(request(preset, *overrides, **changes))
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), [(40, 16), (40, 3), (40, 8), (64, 7), (5, 5)])
+def test_layers_are_split_as_equally_as_possible_with_short_ends(num_layers: int, num_stages: int) -> None:
+    layers = split_layers(num_layers, num_stages)
+    assert len(layers) == num_stages
+    assert sum(layers) == num_layers
+    assert max(layers) - min(layers) <= 1
+    if num_layers % num_stages and num_stages - num_layers % num_stages > 1:
+        assert layers[0] == layers[-1] == min(layers)
+
+
+def test_uneven_stages_become_megatron_s_layer_layout() -> None:
+    layout = Layout(tensor=1, pipeline=3, context=1, data=1, layers_per_stage=(1, 2, 1))
+    assert layout.transformer_overrides() == {"pipeline_model_parallel_layout": "Et|tt|tL"}
+    assert Layout(tensor=1, pipeline=2, context=1, data=1, layers_per_stage=(2, 2)).transformer_overrides() == {}
+
+
+def test_the_trainer_s_own_validation_says_which_layouts_it_runs() -> None:
+    plain = Layout(tensor=2, pipeline=1, context=1, data=4, layers_per_stage=(40,))
+    asked = request(num_gpus=8, distributed_optimizer=False)
+    assert trainer_problem(asked, plain) is None
+    ring = Layout(tensor=1, pipeline=1, context=2, data=4, layers_per_stage=(40,))
+    assert "context_parallel_size=2" in (trainer_problem(asked, ring) or "")
+    assert "not fp8" in (trainer_problem(request(num_gpus=8, precision="fp8"), plain) or "")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gpu_named("h10", {}), "'h10' is unknown; there are a100-40, .* did you mean h100"),
+        (lambda: gpu_named("h100", {"memory_gib": -1.0}), "--memory-gib -1.0 must be a positive number"),
+        (
+            lambda: Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=12, gpus_per_node=8),
+            "--num-gpus 12 is not a multiple of --gpus-per-node 8",
+        ),
+        (lambda: Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=0, gpus_per_node=8), "--num-gpus 0"),
+        (lambda: Assumptions(efficiency=1.5), "--efficiency 1.5 must be above 0 and at most 1"),
+        (lambda: Assumptions(reserve_gib=float("nan")), "--reserve-gib nan"),
+        (lambda: request(precision="int4"), "--precision 'int4' is unknown; use one of bf16, fp8, fp32"),
+        (lambda: request(recompute="some"), "--recompute 'some' is unknown"),
+        (lambda: request(tensor=0), "--tensor 0 must be at least 1"),
+        (lambda: request(images_per_sample=-1), "--images-per-sample -1"),
+        (lambda: request("healthgpt_l14", "model.max_seq_length=20000"), "--seq-length 20000 .* 16384"),
+        (lambda: request("healthgpt_xl32"), "--stage stage3_joint trains generation, but model.hlora.generation is"),
+        (lambda: request("healthgpt_l14", "training.stage=stage4"), "training.stage='stage4' is unknown"),
+    ],
+)
+def test_bad_input_is_named(call: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_fp8_needs_an_fp8_unit() -> None:
+    config = load_config(preset="healthgpt_m3")
+    cluster = Cluster(gpu_name="a100-80", gpu=GPUS["a100-80"], num_gpus=8, gpus_per_node=8)
+    with pytest.raises(ConfigError, match="a100-80 has no FP8 unit"):
+        PlanRequest(config=config, cluster=cluster, precision="fp8")
+
+
+def test_bandwidth_drops_where_a_group_leaves_its_node() -> None:
+    cluster = Cluster(gpu_name="h100", gpu=gpu_named("h100", {"network_gb_s": 25.0}), num_gpus=16, gpus_per_node=8)
+    assert cluster.bandwidth(8) == 450e9
+    assert cluster.bandwidth(9) == 25e9
