@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ DP2 = Layout(tensor=1, pipeline=1, context=1, data=2, layers_per_stage=(2,))
 
 
 def measure(folder: Path, layout: Layout, recompute: str, precision: str) -> list[Comparison]:
-    logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
     training = TrainingConfig(stage="stage3_joint", num_steps=1, micro_batch_size=2, global_batch_size=4)
     config = tiny_config(folder / "backbone", folder / "run", training=training)
     for plugin in (config.model.hlora.comprehension, config.model.hlora.generation):

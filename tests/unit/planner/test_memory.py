@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,6 @@ def tiny_request(
     ids=str,
 )
 def test_predictions_hold_against_a_running_model(case: dict[str, Any], tmp_path: Path) -> None:
-    logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
     for row in compare_in_group(tiny_request(tmp_path, **case), ONE):
         check(row)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,15 +12,6 @@ from megatron_hgpt.planner.hardware import GPUS, Cluster
 from megatron_hgpt.planner.layouts import Layout, split_layers
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models, fake_layout, fake_process_group
 from megatron_hgpt.planner.request import PlanRequest, default_supervised_tokens
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logger = logging.getLogger("megatron_hgpt")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 def models_of(preset: str, stage: str, tensor: int, pipeline: int, data: int) -> tuple[dict[str, int], list[RankModel]]:

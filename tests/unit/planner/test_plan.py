@@ -152,7 +152,6 @@ def test_the_command_line_plans_512_gpus(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line(arguments: list[str], message: str) -> None:
-    sys.path.insert(0, str(ROOT))
     done = run_tool(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
