@@ -44,6 +44,11 @@ class VisionConfig:
     generation_hidden_state: int = 1
     """Index into HF `hidden_states` for the concrete-grained features."""
 
+    @property
+    def num_image_tokens(self) -> int:
+        """Patch features of one image."""
+        return (int(self.hf_config["image_size"]) // int(self.hf_config["patch_size"])) ** 2
+
 
 @dataclass(kw_only=True, slots=True)
 class VQConfig:
@@ -100,7 +105,13 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Shard activations over T outside the linears; needs T > 1."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages."""
+    """Pipeline stages. Tower, adapters and embedding are on the first, the head on the last."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage (interleaved 1F1B); None is one, plain 1F1B."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers on the first stage, which also runs the tower; None splits evenly."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers on the last stage, which also runs the head; None splits evenly."""
     context_parallel_size: int = 1
     """Ranks that share one sequence."""
     use_distributed_optimizer: bool = False
@@ -142,6 +153,8 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     """Global gradient norm; 0 turns clipping off."""
+    cpu_offload: bool = False
+    """Keep AdamW's moments in host memory and update there: 8 bytes less per trained parameter, slower steps."""
     megatron_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core's OptimizerConfig set verbatim (an unknown name is refused)."""
 

@@ -18,7 +18,7 @@ from megatron_hgpt.config import OptimizerConfig, RunConfig
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
 
 
-class GroupStepAdamW(torch.optim.Optimizer):
+class GroupStepAdamW(torch.optim.AdamW):
     """torch's AdamW arithmetic with the step count kept per parameter group.
 
     Args:
@@ -26,6 +26,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         lr: learning rate; the scheduler rewrites it per group.
         betas, eps, weight_decay: as torch.optim.AdamW.
         adam_w_mode: accepted for the signature of the fused Adams; only True (decoupled decay) is implemented.
+        state_device: where the moments live and the update runs; None is beside each parameter.
     """
 
     def __init__(
@@ -36,25 +37,45 @@ class GroupStepAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        state_device: torch.device | None = None,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("GroupStepAdamW implements decoupled weight decay only (adam_w_mode=True)")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.state_device = state_device
+        for group in self.param_groups:
+            group["step"] = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's: AdamW's own expects a step count per parameter."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    def init_state(self) -> None:
+        """Zero moments for parameters that have none yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    device = self.state_device or p.device
+                    self.state[p] = {
+                        name: torch.zeros_like(p, device=device, requires_grad=False)
+                        for name in ("exp_avg", "exp_avg_sq")
+                    }
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One AdamW step of every group that has gradients."""
+        self.init_state()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             group["step"] += 1
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            values, grads = params, [p.grad for p in params]
+            if self.state_device is not None:
+                values, grads = [p.to(self.state_device) for p in params], [g.to(self.state_device) for g in grads]
             adamw(
-                params,
-                [p.grad for p in params],
+                values,
+                grads,
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
@@ -69,6 +90,14 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+            if self.state_device is not None:
+                for p, value in zip(params, values, strict=True):
+                    p.copy_(value)
+
+
+class _HostAdamW(GroupStepAdamW):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, state_device=torch.device("cpu"))
 
 
 def _idle_aware(adam: type) -> type:
@@ -87,12 +116,19 @@ def _idle_aware(adam: type) -> type:
 
 
 @contextlib.contextmanager
-def _adam_for_megatron() -> Iterator[None]:
-    """Have get_megatron_optimizer build our Adam: the fused one where Transformer Engine or Apex provide it."""
+def _adam_for_megatron(offload: bool) -> Iterator[None]:
+    """Have get_megatron_optimizer build our Adam: the fused one where Transformer Engine or Apex provide it.
+
+    Args:
+        offload: moments and update in host memory.
+    """
     import megatron.core.optimizer as megatron_optimizer
 
     adam, is_torch = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    megatron_optimizer.Adam = _idle_aware(GroupStepAdamW if is_torch else adam)
+    if offload:
+        megatron_optimizer.Adam = _idle_aware(_HostAdamW)
+    else:
+        megatron_optimizer.Adam = _idle_aware(GroupStepAdamW if is_torch else adam)
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
@@ -142,7 +178,7 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
     megatron_config = MegatronOptimizerConfig(
         **megatron_optimizer_settings(config, stage), **settings.megatron_overrides
     )
-    with _adam_for_megatron():
+    with _adam_for_megatron(settings.cpu_offload):
         return get_megatron_optimizer(
             megatron_config, model_chunks, config_overrides=overrides, use_gloo_process_groups=False
         )

@@ -32,11 +32,16 @@ class GradientAudit:
     freeze order, an adapter outside the graph. It costs nothing after the tasks were seen once.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         self._waiting: dict[str, Task | None] = {}
         self._seen: set[str] = set()
         self._handles = []
-        for name, parameter in model.named_parameters():
+        named = [
+            (f"chunk {i}: {name}" if len(models) > 1 else name, parameter)
+            for i, model in enumerate(models)
+            for name, parameter in model.named_parameters()
+        ]
+        for name, parameter in named:
             if parameter.requires_grad:
                 self._waiting[name] = GROUP_TASK.get(group_of(name))
                 self._handles.append(parameter.register_hook(lambda _grad, name=name: self._seen.add(name)))
@@ -70,7 +75,7 @@ class Trainer:
         config: the run.
         stage: the resolved row of the stage table.
         context: this process's place in the layout.
-        model: the bare model, already frozen except for the stage's groups.
+        models: the bare model of this pipeline stage, or its interleaved chunks, frozen except for the stage's groups.
         loader: yields this rank's micro-batches per step (`data.loader.TrainLoader`).
         total_steps: optimizer steps of the stage.
         checkpointer: saves and restores.
@@ -83,7 +88,7 @@ class Trainer:
         config: RunConfig,
         stage: Stage,
         context: DistributedContext,
-        model: Any,
+        models: Sequence[Any],
         loader: Any,
         total_steps: int,
         checkpointer: Checkpointer,
@@ -96,27 +101,25 @@ class Trainer:
         )
 
         self.config, self.stage, self.context = config, stage, context
-        self.model, self.loader, self.total_steps = model, loader, total_steps
+        self.models, self.loader, self.total_steps = list(models), loader, total_steps
         self.checkpointer, self.hooks = checkpointer, list(hooks)
         self.step = 0
         self._stop_requested = False
-        self.audit = GradientAudit(model)
-        transformer = model.config
-        self.ddp = DistributedDataParallel(
-            transformer,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-                check_for_nan_in_grad=True,
-            ),
-            model,
+        self.audit = GradientAudit(self.models)
+        transformer = self.models[0].config
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            check_for_nan_in_grad=True,
         )
-        self.optimizer = build_optimizer(config, stage, [self.ddp])
+        self.ddp = [DistributedDataParallel(transformer, ddp_config, model) for model in self.models]
+        self.optimizer = build_optimizer(config, stage, self.ddp)
         self.scheduler = build_scheduler(config, stage, self.optimizer, total_steps)
         transformer.finalize_model_grads_func = finalize_model_grads
-        transformer.no_sync_func = self.ddp.no_sync
+        no_sync = [ddp.no_sync for ddp in self.ddp]
+        transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         transformer.grad_scale_func = self.optimizer.scale_loss
 
     @property
@@ -129,7 +132,7 @@ class Trainer:
             output_dir=Path(self.config.output_dir),
             is_writer=self.context.is_writer,
             config=self.config,
-            model=self.model,
+            model=self.models[0],
         )
 
     def fit(self) -> None:
@@ -167,13 +170,16 @@ class Trainer:
 
         started = time.perf_counter()
         batches: list[MicroBatch] = self.loader.next_step()
-        self.model.train()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        # Each interleaved chunk reads the same micro-batches, at its own pace.
+        iterators = [iter(batches) for _ in self.ddp]
         reports: list[LossReport] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.ddp],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.ddp,
             num_microbatches=len(batches),
             seq_length=self.config.model.max_seq_length,
             micro_batch_size=self.config.training.micro_batch_size,
@@ -191,7 +197,10 @@ class Trainer:
         return self._record(totals, rates, float(grad_norm), time.perf_counter() - started)
 
     def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
-        """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples."""
+        """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples.
+
+        Only the last pipeline stage has reports; every stage is told.
+        """
         from megatron.core import parallel_state
 
         rows = []
@@ -207,6 +216,8 @@ class Trainer:
             )
         sums = torch.tensor(rows, dtype=torch.float64, device=self.context.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.context.pp_size > 1:
+            torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         names = ("loss", "tokens", "content_tokens", "samples")
         return {task.value: dict(zip(names, sums[i].tolist(), strict=True)) for i, task in enumerate(TASKS)}
 
@@ -231,7 +242,7 @@ class Trainer:
 
     def _restore(self) -> None:
         restored = (
-            self.checkpointer.restore_latest(self.model, self.optimizer) if self.config.checkpoint.resume else None
+            self.checkpointer.restore_latest(self.models, self.optimizer) if self.config.checkpoint.resume else None
         )
         if restored is None:
             return
@@ -242,7 +253,7 @@ class Trainer:
         logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
 
     def _save(self) -> None:
-        path = self.checkpointer.save(self.model, self.optimizer, step=self.step, loader_state=self.loader.state_dict())
+        path = self.checkpointer.save(self.models, self.optimizer, step=self.step, loader_state=self.loader.state_dict())
         for hook in self.hooks:
             hook.on_checkpoint_saved(self.state, path)
 

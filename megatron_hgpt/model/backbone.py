@@ -204,13 +204,20 @@ def transformer_config(
         "bf16": training.precision == "bf16",
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        "moe_token_dispatcher_type": "alltoall",  # no experts here; the default one refuses variable lengths
         # Gradients are sums over tokens, divided once by the tokens of the global batch.
         "calculate_per_token_loss": True,
         "window_size": None,
     }
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        # A batched exchange with two stages mixes up the two messages between the same two ranks.
+        decided.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if shape.sliding_window is not None and shape.sliding_window < model.max_seq_length:
         # Hugging Face counts the position itself, Megatron the positions to its left.
         decided["window_size"] = (shape.sliding_window - 1, 0)
