@@ -151,7 +151,8 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"data.mixture.{name}={weight} must be a number of at least 0"
     if config.data.mixture and not any(config.data.mixture.get(task.value) for task in stage.tasks):
         yield f"data.mixture={config.data.mixture} leaves training.stage={training.stage} without samples"
-    if config.data.mixture and (missing := [task.value for task in stage.tasks if task.value not in config.data.mixture]):
+    missing = [task.value for task in stage.tasks if config.data.mixture and task.value not in config.data.mixture]
+    if missing:
         yield f"data.mixture has no weight for {missing[0]}, which {training.stage} trains; 0 leaves it out"
     _check_megatron_overrides(config, shape)
 

@@ -75,7 +75,7 @@ def test_the_base_of_these_tests_is_valid() -> None:
         (1, ["data.mixture={drawing: 1}"], "data.mixture='drawing' is unknown; use one of comprehension, generation"),
         (1, ["data.mixture={generation: -1}"], "data.mixture.generation=-1.0 must be a number of at least 0"),
         (1, ["data.mixture={generation: 0}"], "leaves training.stage=stage3_joint without samples"),
-        (1, ["data.mixture={comprehension: 1}"], "data.mixture has no weight for generation, which stage3_joint trains"),
+        (1, ["data.mixture={comprehension: 1}"], "data.mixture has no weight for generation, which stage3"),
         (1, ["model.vision.hf_config.patch_size=65"], "patch_size=65 exceeds image_size=64"),
         (1, ["optimizer.megatron_overrides={lr: 0.1}"], "megatron_overrides.lr is decided by optimizer, parallel"),
         (1, ["model.transformer_overrides={atention_dropout: 0.1}"], "did you mean attention_dropout?"),
