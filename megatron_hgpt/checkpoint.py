@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.config import ModelConfig, RunConfig
+from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.stages import group_of
 
@@ -147,36 +148,24 @@ def _model_state(model: Any, groups: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if group_of(name) in groups and "_extra_state" not in name}
 
 
-def _inner_optimizers(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers behind a ChainedOptimizer, without the stubs of ranks that train nothing."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
-
-
-def _optimizer_state(model: Any, optimizer: Any, model_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """AdamW's moments (and fp32 main weights) as sharded tensors by parameter name, and the step count per group."""
+def _optimizer_tensors(state: OptimizerState, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Sharded tensors ``<slot>.<parameter name>`` of the optimizer's state."""
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-    tensors: dict[str, Any] = {}
-    steps: dict[str, int] = {}
-    main_of = {}
-    for inner in _inner_optimizers(optimizer):
-        for group in inner.optimizer.param_groups:
-            steps[group["group"]] = int(group.get("step", 0))
-        inner.init_state_fn(inner.optimizer, inner.config)
-        main_of.update({id(p): inner for group in inner.optimizer.param_groups for p in group["params"]})
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        main = getattr(parameter, "main_param", None)
-        key = parameter if main is None else main
-        inner = main_of[id(key)]
-        slots = {slot: inner.optimizer.state[key][slot] for slot in ("exp_avg", "exp_avg_sq")}
-        if main is not None:
-            slots["main"] = main
-        for slot, tensor in slots.items():
-            tensors[f"{slot}.{name}"] = make_sharded_optimizer_tensor(model_state[name], tensor, f"optimizer.{slot}")
-    return tensors, steps
+    return {
+        f"{slot}.{name}": make_sharded_optimizer_tensor(model_state[name], tensor, f"optimizer.{slot}")
+        for name, slots in state.gather().items()
+        for slot, tensor in slots.items()
+    }
+
+
+def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """``<slot>.<parameter name>`` -> parameter name -> slot."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        slot, name = key.split(".", 1)
+        result.setdefault(name, {})[slot] = tensor
+    return result
 
 
 def _rng_object() -> Any:
@@ -217,7 +206,7 @@ class Checkpointer:
         self.trained_groups = sorted(set(trained_groups))
         self.is_writer = is_writer
 
-    def save(self, model: Any, optimizer: Any, *, step: int, loader_state: dict[str, Any]) -> Path:
+    def save(self, model: Any, engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]) -> Path:
         """Write ``step_<step>``; every rank must call it."""
         from megatron.core import dist_checkpointing
 
@@ -229,13 +218,13 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
-        model_state = _model_state(model, _SAVED_GROUPS)
-        optimizer_state, steps = _optimizer_state(model, optimizer, model_state)
-        dist_checkpointing.save(
-            {"model": model_state, "optimizer": optimizer_state, "rng": _rng_object()},
-            str(temporary),
-            sharded_strategy=_save_strategy(),
-        )
+        with engine.whole_parameters():
+            model_state, state = _model_state(model, _SAVED_GROUPS), engine.optimizer_state()
+            dist_checkpointing.save(
+                {"model": model_state, "optimizer": _optimizer_tensors(state, model_state), "rng": _rng_object()},
+                str(temporary),
+                sharded_strategy=_save_strategy(),
+            )
         torch.distributed.barrier()
         if self.is_writer:
             info = {
@@ -243,7 +232,7 @@ class Checkpointer:
                 "stage": self.config.training.stage,
                 "step": step,
                 "trained_groups": self.trained_groups,
-                "optimizer_steps": steps,
+                "optimizer_steps": {group["group"]: int(group.get("step", 0)) for group in state.groups},
                 "loader": loader_state,
                 "rng_layout": list(_rng_object().global_shape),
                 "fingerprint": fingerprint(self.config.model),
@@ -262,7 +251,7 @@ class Checkpointer:
         for old in checkpoint_folders(self.directory)[:-keep] if keep > 0 else []:
             shutil.rmtree(old)
 
-    def restore_latest(self, model: Any, optimizer: Any) -> Restored | None:
+    def restore_latest(self, model: Any, engine: TrainingEngine) -> Restored | None:
         """Load the newest complete checkpoint of this run in place; None when there is none.
 
         Raises:
@@ -279,20 +268,18 @@ class Checkpointer:
                 f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
                 "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
             )
-        model_state = _model_state(model, _SAVED_GROUPS)
-        optimizer_state, _ = _optimizer_state(model, optimizer, model_state)
-        request: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         rng = _rng_object()
         same_layout = list(rng.global_shape) == info["rng_layout"]
-        if same_layout:
-            request["rng"] = rng
-        else:
+        if not same_layout:
             logger.warning("%s was saved at layout %s: dropout draws anew", folder, info["rng_layout"])
-        loaded = _load(request, folder)
-        _copy_tensors(model, loaded["model"])
-        for inner in _inner_optimizers(optimizer):
-            for group in inner.optimizer.param_groups:
-                group["step"] = info["optimizer_steps"][group["group"]]
+        with engine.whole_parameters(writable=True):
+            model_state, state = _model_state(model, _SAVED_GROUPS), engine.optimizer_state()
+            request: dict[str, Any] = {"model": model_state, "optimizer": _optimizer_tensors(state, model_state)}
+            loaded = _load({**request, "rng": rng} if same_layout else request, folder)
+            _copy_tensors(model, loaded["model"])
+            state.scatter(_by_parameter(loaded["optimizer"]))
+        for group in state.groups:
+            group["step"] = info["optimizer_steps"][group["group"]]
         if same_layout:
             _restore_rng(loaded["rng"])
         return Restored(path=folder, step=info["step"], loader_state=info["loader"])
