@@ -71,7 +71,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
 
-def _idle_aware(adam: type) -> type:
+def idle_aware(adam: type) -> type:
     """`adam` with a `step` that skips the groups marked idle."""
 
     class IdleAwareAdam(adam):  # type: ignore[misc,valid-type]
@@ -92,7 +92,7 @@ def _adam_for_megatron() -> Iterator[None]:
     import megatron.core.optimizer as megatron_optimizer
 
     adam, is_torch = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    megatron_optimizer.Adam = _idle_aware(GroupStepAdamW if is_torch else adam)
+    megatron_optimizer.Adam = idle_aware(GroupStepAdamW if is_torch else adam)
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
