@@ -200,10 +200,13 @@ def _initialize(model: Any, adam: torch.optim.Optimizer, settings: dict[str, Any
     Raises:
         ConfigError: DeepSpeed refuses the settings.
     """
+    # Some fifty lines at every start, and warnings of an optimizer that DeepSpeed does not know and of a CPU.
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
     import deepspeed
     from pydantic import ValidationError
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every start in some fifty lines
+    log.setLevel(logging.ERROR)  # the import set its own
     # A kernel for collectives in shared memory, which needs a compiler and minutes at the first start; gloo does them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
@@ -213,6 +216,7 @@ def _initialize(model: Any, adam: torch.optim.Optimizer, settings: dict[str, Any
         engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings, dist_init_required=False)
     except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
         raise ConfigError(f"engine.overrides: DeepSpeed refuses them: {' '.join(str(error).split())}") from error
+    log.setLevel(logging.WARNING)
     return engine
 
 
