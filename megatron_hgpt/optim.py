@@ -71,7 +71,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
 
-def idle_aware(adam: type) -> type:
+def _idle_aware(adam: type) -> type:
     """`adam` with a `step` that skips the groups marked idle."""
 
     class IdleAwareAdam(adam):  # type: ignore[misc,valid-type]
@@ -92,7 +92,7 @@ def _adam_for_megatron() -> Iterator[None]:
     import megatron.core.optimizer as megatron_optimizer
 
     adam, is_torch = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    megatron_optimizer.Adam = idle_aware(GroupStepAdamW if is_torch else adam)
+    megatron_optimizer.Adam = _idle_aware(GroupStepAdamW if is_torch else adam)
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
@@ -126,6 +126,17 @@ def group_fields(config: RunConfig, stage: Stage) -> dict[str, dict[str, Any]]:
         lr = stage.lr_of(group, settings.lr, settings.adapter_lr)
         fields[group] = {"group": group, "max_lr": lr, "min_lr": lr * settings.min_lr_ratio}
     return fields
+
+
+def build_adamw(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW that leaves idle groups alone, for an engine that shards and clips by itself."""
+    settings = config.optimizer
+    return _idle_aware(GroupStepAdamW)(
+        groups,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) -> Any:

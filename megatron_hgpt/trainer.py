@@ -195,9 +195,7 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        restored = (
-            self.checkpointer.restore_latest(self.model, self.engine) if self.config.checkpoint.resume else None
-        )
+        restored = self.checkpointer.restore_latest(self.model, self.engine) if self.config.checkpoint.resume else None
         if restored is None:
             return
         self.step = restored.step

@@ -27,7 +27,7 @@ from megatron_hgpt.engines.base import MAIN, MOMENTS, OptimizerState
 from megatron_hgpt.engines.deepspeed_settings import deepspeed_json
 from megatron_hgpt.errors import ConfigError, HealthGPTError
 from megatron_hgpt.forward_step import LossReport, forward_step
-from megatron_hgpt.optim import GroupStepAdamW, group_fields, idle_aware
+from megatron_hgpt.optim import build_adamw, group_fields
 from megatron_hgpt.stages import Stage, group_of
 
 
@@ -50,12 +50,7 @@ class DeepSpeedEngine:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, torch.Tensor] = {}
         _hide_tower(model)
-        adam = idle_aware(GroupStepAdamW)(
-            _parameter_groups(config, stage, self._trained),
-            betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-            eps=config.optimizer.adam_eps,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        adam = build_adamw(config, _parameter_groups(config, stage, self._trained))
         if self._is_sharded:
             _mark_task_modules(model)
         self._engine = _initialize(model, adam, deepspeed_json(config))
@@ -86,7 +81,7 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def whole_parameters(self, *, writable: bool = False) -> Iterator[None]:
-        """See `TrainingEngine.whole_parameters`: stage 3 gathers what checkpoints hold, and shapes stand for the rest."""
+        """See `TrainingEngine.whole_parameters`: stage 3 gathers what checkpoints hold, of the rest the shape."""
         if not self._is_sharded:
             yield
             return
@@ -130,8 +125,8 @@ class DeepSpeedEngine:
         torch.distributed.all_reduce(counts)
         if counts[1] > 0:
             raise HealthGPTError(
-                f"the gradients of {int(counts[1])} parameters are not finite (on this rank {bad[:3] or 'none'}); lower "
-                "optimizer.lr, or look at the samples of this step"
+                f"the gradients of {int(counts[1])} parameters are not finite (on this rank {bad[:3] or 'none'}); "
+                "lower optimizer.lr, or look at the samples of this step"
             )
         return reports, int(counts[0])
 

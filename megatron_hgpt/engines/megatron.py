@@ -90,7 +90,9 @@ class MegatronOptimizerState:
         self._inner = [one for one in chained if not getattr(one, "is_stub_optimizer", False)]
         for one in self._inner:
             one.init_state_fn(one.optimizer, one.config)
-        self._owner = {id(p): one for one in self._inner for group in one.optimizer.param_groups for p in group["params"]}
+        self._owner = {
+            id(p): one for one in self._inner for group in one.optimizer.param_groups for p in group["params"]
+        }
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -34,9 +34,7 @@ SHARD_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 
 
 
 def zero(stage: int, **fields: Any) -> EngineConfig:
-    return EngineConfig(
-        name="deepspeed", zero_stage=stage, overrides=SHARD_EVERYTHING if stage == 3 else {}, **fields
-    )
+    return EngineConfig(name="deepspeed", zero_stage=stage, overrides=SHARD_EVERYTHING if stage == 3 else {}, **fields)
 
 
 ENGINES = {
@@ -95,7 +93,9 @@ def initialize() -> Any:
 
 def steps(trainer: Any, count: int) -> list[float]:
     """Losses and gradient norms in turn."""
-    return [value for record in (trainer.train_step() for _ in range(count)) for value in (record.loss, record.grad_norm)]
+    return [
+        value for record in (trainer.train_step() for _ in range(count)) for value in (record.loss, record.grad_norm)
+    ]
 
 
 def whole(trainer: Any) -> dict[str, torch.Tensor]:

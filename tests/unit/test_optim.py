@@ -14,7 +14,7 @@ from megatron_hgpt.data.samples import Task
 from megatron_hgpt.optim import (
     GroupStepAdamW,
     _adam_for_megatron,
-    idle_aware,
+    _idle_aware,
     build_scheduler,
     learning_rates,
     mark_idle_groups,
@@ -93,7 +93,7 @@ def test_coupled_decay_is_refused() -> None:
 def grouped(names: list[str]) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
     params = [torch.nn.Parameter(torch.ones(3)) for _ in names]
     groups = [{"params": [p], "group": name} for p, name in zip(params, names, strict=True)]
-    return idle_aware(GroupStepAdamW)(groups, **SETTINGS), params
+    return _idle_aware(GroupStepAdamW)(groups, **SETTINGS), params
 
 
 def test_an_idle_group_neither_moves_nor_counts_nor_loses_momentum() -> None:
@@ -127,7 +127,7 @@ def test_an_idle_group_comes_back_when_a_step_fails() -> None:
         def step(self, closure: None = None) -> None:
             raise RuntimeError("device lost")
 
-    optimizer = idle_aware(Failing)([{"params": parameters(), "idle": True}], **SETTINGS)
+    optimizer = _idle_aware(Failing)([{"params": parameters(), "idle": True}], **SETTINGS)
     with pytest.raises(RuntimeError, match="device lost"):
         optimizer.step()
     assert len(optimizer.param_groups) == 1
