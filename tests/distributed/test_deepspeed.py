@@ -244,21 +244,32 @@ def test_the_next_stage_starts_from_stage_3_s_weights_on_any_number_of_processes
     assert all(np.array_equal(loaded[name], value) for name, value in trained.items())
 
 
-def fail_on_one_rank(backbone: Path, folder: Path, engine: EngineConfig) -> None:
+def fail_on_one_rank(backbone: Path, folder: Path, engine: EngineConfig, where: str) -> None:
+    def fail(_grad: torch.Tensor) -> None:
+        raise ValueError("no gradient today")
+
     context = initialize()
     trainer = build_trainer(make_config(backbone, folder, engine), context)
     steps(trainer, 1)
-    if context.rank == 1:
+    if context.rank == 1 and where == "forward":
         batches = trainer.loader.next_step()
         batches[1] = dataclasses.replace(batches[1], image_mask=torch.zeros_like(batches[1].image_mask))
         trainer.loader.next_step = lambda: batches
+    if context.rank == 1 and where == "backward":  # of the first layer: the others have their gradients
+        for name, parameter in trainer.model.named_parameters():
+            if "layers.0." in name and parameter.requires_grad:
+                parameter.register_hook(fail)
     steps(trainer, 1)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_an_error_on_one_rank_is_seen(stage: int, backbone: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="0 image positions in the tokens but 8 image features"):
-        run_ranks(fail_on_one_rank, 2, backbone, tmp_path, zero(stage), timeout_s=60)
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("forward", "0 image positions in the tokens but 8 image features"), ("backward", "no gradient today")],
+)
+def test_an_error_on_one_rank_is_seen(stage: int, where: str, message: str, backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(fail_on_one_rank, 2, backbone, tmp_path, zero(stage), where, timeout_s=60)
 
 
 def spoil_one_gradient(backbone: Path, folder: Path, engine: EngineConfig) -> str:
