@@ -195,13 +195,11 @@ def _initialize(model: Any, adam: torch.optim.Optimizer, settings: dict[str, Any
     Raises:
         ConfigError: DeepSpeed refuses the settings.
     """
-    # Some fifty lines at every start, and warnings of an optimizer that DeepSpeed does not know and of a CPU.
-    log = logging.getLogger("DeepSpeed")
-    log.setLevel(logging.ERROR)
     import deepspeed
     from pydantic import ValidationError
 
-    log.setLevel(logging.ERROR)  # the import set its own
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)  # some fifty lines at every start, and a warning that the optimizer is not DeepSpeed's
     # A kernel for collectives in shared memory, which needs a compiler and minutes at the first start; gloo does them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(

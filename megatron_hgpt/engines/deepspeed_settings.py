@@ -131,8 +131,14 @@ def _decided(config: RunConfig) -> dict[str, Any]:
 
 def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     """The dictionary that deepspeed.initialize reads: what our sections decide, and `engine.overrides`."""
-    # bf16 gradients of the ranks are summed in fp32, as Megatron's engine does.
-    return _merged({"communication_data_type": "fp32", **_decided(config)}, config.engine.overrides)
+    defaults = {
+        # bf16 gradients of the ranks are summed in fp32, as Megatron's engine does.
+        "communication_data_type": "fp32",
+        # Stage 3 would replace torch's linear in the whole process by one that rounds differently in bf16. What that saves
+        # is small here: the frozen weights are in Megatron's linears, which do not keep a gathered weight for backward.
+        "zero_optimization": {"memory_efficient_linear": False},
+    }
+    return _merged(_merged(defaults, _decided(config)), config.engine.overrides)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
