@@ -134,8 +134,8 @@ def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     defaults = {
         # bf16 gradients of the ranks are summed in fp32, as Megatron's engine does.
         "communication_data_type": "fp32",
-        # Stage 3 would replace torch's linear in the whole process by one that rounds differently in bf16. It would save
-        # little: the frozen weights are in Megatron's linears, which do not keep a gathered weight for backward.
+        # Stage 3 would replace torch's linear in the whole process by one that rounds differently in bf16. It would
+        # save little: the frozen weights are in Megatron's linears, which keep no gathered weight for backward.
         "zero_optimization": {"memory_efficient_linear": False},
     }
     return _merged(_merged(defaults, _decided(config)), config.engine.overrides)
