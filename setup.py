@@ -37,7 +37,8 @@ EXTRAS = {
     "eval": ["scikit-image>=0.24"],
     # Needs CUDA, a compiler and --no-build-isolation: README, section "GPU".
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-    "deepspeed": ["deepspeed"],
+    # Install with DS_BUILD_OPS=0. The engine uses coalesce_grad_reduction, which is as old as this release.
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "ui": ["gradio"],
     "dev": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "torchmetrics", "triton"],
 }

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from megatron_hgpt.config import ModelConfig, RunConfig
+from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.optimizer_state import OptimizerState
 from megatron_hgpt.stages import group_of
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,19 @@ def _metadata() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]:
-    """Sharded tensors of the named groups by ``<chunk>/<parameter name>``.
+def _prefix(models: Sequence[Any], i: int) -> str:
+    return f"chunk {i}/" if len(models) > 1 else ""
 
-    The names inside the checkpoint are those of the whole model: the layers of all pipeline stages are one tensor.
+
+def named_parameters(models: Sequence[Any]) -> dict[str, torch.nn.Parameter]:
+    """Parameters of this rank by name; interleaved chunks, whose names repeat, are told apart by a prefix."""
+    return {_prefix(models, i) + name: p for i, model in enumerate(models) for name, p in model.named_parameters()}
+
+
+def _model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]:
+    """Sharded tensors of the named groups by this rank's parameter names.
+
+    Inside the checkpoint the layers of all pipeline stages are one tensor, so that any layout finds its part.
     """
     from megatron.core import parallel_state
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -150,19 +159,9 @@ def _model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]
                 dp_cp_group=metadata["dp_cp_group"],
             )
         )
-        result.update(
-            {
-                f"{i}/{name}": value
-                for name, value in state.items()
-                if group_of(name) in groups and "_extra_state" not in name
-            }
-        )
+        wanted = (name for name in state if group_of(name) in groups and "_extra_state" not in name)
+        result.update({_prefix(models, i) + name: state[name] for name in wanted})
     return result
-
-
-def _parameters(models: Sequence[Any]) -> dict[str, Any]:
-    """Parameters by ``<chunk>/<name>``."""
-    return {f"{i}/{name}": p for i, model in enumerate(models) for name, p in model.named_parameters()}
 
 
 def _optimizer_tensors(state: OptimizerState, model_state: dict[str, Any]) -> dict[str, Any]:
@@ -177,11 +176,20 @@ def _optimizer_tensors(state: OptimizerState, model_state: dict[str, Any]) -> di
 
 
 def _steps_per_group(state: OptimizerState) -> dict[str, int]:
-    """Optimizer steps of each parameter group, over all pipeline stages."""
+    """Optimizer steps of each parameter group, over all pipeline stages; every rank must call it."""
     mine = {group["group"]: int(group.get("step", 0)) for group in state.groups}
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, mine)
     return {name: step for one in every for name, step in one.items()}
+
+
+def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """``<slot>.<parameter name>`` -> parameter name -> slot."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        slot, name = key.split(".", 1)
+        result.setdefault(name, {})[slot] = tensor
+    return result
 
 
 def _rng_object() -> Any:
@@ -222,7 +230,7 @@ class Checkpointer:
         self.trained_groups = sorted(set(trained_groups))
         self.is_writer = is_writer
 
-    def save(self, models: Sequence[Any], optimizer: Any, *, step: int, loader_state: dict[str, Any]) -> Path:
+    def save(self, models: Sequence[Any], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]) -> Path:
         """Write ``step_<step>``; every rank must call it."""
         from megatron.core import dist_checkpointing
 
@@ -234,14 +242,14 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
-        model_state = _model_state(models, _SAVED_GROUPS)
-        state = OptimizerState(optimizer, _parameters(models))
-        optimizer_state, steps = _optimizer_tensors(state, model_state), _steps_per_group(state)
-        dist_checkpointing.save(
-            {"model": model_state, "optimizer": optimizer_state, "rng": _rng_object()},
-            str(temporary),
-            sharded_strategy=_save_strategy(),
-        )
+        with engine.whole_parameters():
+            model_state, state = _model_state(models, _SAVED_GROUPS), engine.optimizer_state()
+            dist_checkpointing.save(
+                {"model": model_state, "optimizer": _optimizer_tensors(state, model_state), "rng": _rng_object()},
+                str(temporary),
+                sharded_strategy=_save_strategy(),
+            )
+        steps = _steps_per_group(state)
         torch.distributed.barrier()
         if self.is_writer:
             info = {
@@ -268,7 +276,7 @@ class Checkpointer:
         for old in checkpoint_folders(self.directory)[:-keep] if keep > 0 else []:
             shutil.rmtree(old)
 
-    def restore_latest(self, models: Sequence[Any], optimizer: Any) -> Restored | None:
+    def restore_latest(self, models: Sequence[Any], engine: TrainingEngine) -> Restored | None:
         """Load the newest complete checkpoint of this run in place; None when there is none.
 
         Raises:
@@ -285,22 +293,16 @@ class Checkpointer:
                 f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
                 "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
             )
-        model_state = _model_state(models, _SAVED_GROUPS)
-        state = OptimizerState(optimizer, _parameters(models))
-        request: dict[str, Any] = {"model": model_state, "optimizer": _optimizer_tensors(state, model_state)}
         rng = _rng_object()
         same_layout = list(rng.global_shape) == info["rng_layout"]
-        if same_layout:
-            request["rng"] = rng
-        else:
+        if not same_layout:
             logger.warning("%s was saved at layout %s: dropout draws anew", folder, info["rng_layout"])
-        loaded = _load(request, folder)
-        _copy_tensors(models, loaded["model"])
-        moments: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in loaded["optimizer"].items():
-            slot, name = key.split(".", 1)
-            moments.setdefault(name, {})[slot] = tensor
-        state.scatter(moments)
+        with engine.whole_parameters(writable=True):
+            model_state, state = _model_state(models, _SAVED_GROUPS), engine.optimizer_state()
+            request: dict[str, Any] = {"model": model_state, "optimizer": _optimizer_tensors(state, model_state)}
+            loaded = _load({**request, "rng": rng} if same_layout else request, folder)
+            _copy_tensors(models, loaded["model"])
+            state.scatter(_by_parameter(loaded["optimizer"]))
         for group in state.groups:
             group["step"] = info["optimizer_steps"][group["group"]]
         if same_layout:
@@ -336,7 +338,7 @@ def _load(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _copy_tensors(models: Sequence[Any], loaded: dict[str, torch.Tensor]) -> None:
-    parameters = _parameters(models)
+    parameters = named_parameters(models)
     for name, value in loaded.items():
         if value is not parameters[name] and value.data_ptr() != parameters[name].data_ptr():
             parameters[name].copy_(value)

@@ -119,6 +119,22 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """What runs forward, backward and the optimizer step (docs/engines.md)."""
+
+    name: str = "megatron"
+    """megatron, or deepspeed: ZeRO over data-parallel ranks, without tensor, pipeline and context parallelism."""
+    zero_stage: int = 2
+    """deepspeed only. 1 shards AdamW's state over the ranks, 2 the reduced gradients as well, 3 also the weights."""
+    offload_optimizer: str = "none"
+    """deepspeed only: none, or cpu to keep AdamW's state, and to update, in host memory."""
+    offload_parameters: str = "none"
+    """deepspeed with zero_stage 3 only: none, or cpu to keep the shards of the weights in host memory."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """deepspeed only: fields of DeepSpeed's JSON set verbatim; what other sections decide is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Training data: folders written by `tools/preprocess_vl_health.py`."""
 
@@ -224,6 +240,7 @@ class RunConfig:
     """Everything the run writes: checkpoints, TensorBoard, metrics.jsonl, resolved config."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

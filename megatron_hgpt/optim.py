@@ -155,10 +155,30 @@ def megatron_optimizer_settings(config: RunConfig, stage: Stage) -> dict[str, An
     }
 
 
+def group_fields(config: RunConfig, stage: Stage) -> dict[str, dict[str, Any]]:
+    """What the parameter group of each trained stage group carries: ``group``, ``max_lr`` and ``min_lr``."""
+    settings, fields = config.optimizer, {}
+    for group in stage.trainable:
+        lr = stage.lr_of(group, settings.lr, settings.adapter_lr)
+        fields[group] = {"group": group, "max_lr": lr, "min_lr": lr * settings.min_lr_ratio}
+    return fields
+
+
+def build_adamw(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW that leaves idle groups alone, for an engine that shards and clips by itself."""
+    settings = config.optimizer
+    return _idle_aware(GroupStepAdamW)(
+        groups,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) -> Any:
     """Megatron's optimizer over the trainable parameters of DDP-wrapped `model_chunks`, one group per stage group.
 
-    Each parameter group carries ``group`` (its name in the stage table), ``max_lr`` and ``min_lr``.
+    Each parameter group carries the fields of `group_fields`.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -166,15 +186,10 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
 
     settings: OptimizerConfig = config.optimizer
     overrides = {}
-    for group in stage.trainable:
+    for group, fields in group_fields(config, stage).items():
         matched = "vocabulary" if group == "new_rows" else group
-        lr = stage.lr_of(group, settings.lr, settings.adapter_lr)
         predicate = ParamWithNamePredicate(name=group, fn=lambda _param, name, wanted=matched: group_of(name) == wanted)
-        overrides[ParamKey(with_name_predicate=predicate)] = {
-            "group": group,
-            "max_lr": lr,
-            "min_lr": lr * settings.min_lr_ratio,
-        }
+        overrides[ParamKey(with_name_predicate=predicate)] = fields
     megatron_config = MegatronOptimizerConfig(
         **megatron_optimizer_settings(config, stage), **settings.megatron_overrides
     )

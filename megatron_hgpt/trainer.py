@@ -1,25 +1,26 @@
-"""The training loop: steps, optimizer, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
+"""The training loop: steps, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from megatron_hgpt.checkpoint import Checkpointer
+from megatron_hgpt.checkpoint import Checkpointer, named_parameters
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.distributed import DistributedContext
+from megatron_hgpt.engines import build_engine
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.forward_step import LossReport, forward_step
+from megatron_hgpt.forward_step import LossReport
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
-from megatron_hgpt.optim import build_optimizer, build_scheduler, learning_rates, mark_idle_groups
+from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,11 @@ class GradientAudit:
     freeze order, an adapter outside the graph. It costs nothing after the tasks were seen once.
     """
 
-    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._waiting: dict[str, Task | None] = {}
         self._seen: set[str] = set()
         self._handles = []
-        named = [
-            (f"chunk {i}: {name}" if len(models) > 1 else name, parameter)
-            for i, model in enumerate(models)
-            for name, parameter in model.named_parameters()
-        ]
-        for name, parameter in named:
+        for name, parameter in parameters.items():
             if parameter.requires_grad:
                 self._waiting[name] = GROUP_TASK.get(group_of(name))
                 self._handles.append(parameter.register_hook(lambda _grad, name=name: self._seen.add(name)))
@@ -94,33 +90,14 @@ class Trainer:
         checkpointer: Checkpointer,
         hooks: Sequence[Hook] = (),
     ) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-
         self.config, self.stage, self.context = config, stage, context
         self.models, self.loader, self.total_steps = list(models), loader, total_steps
         self.checkpointer, self.hooks = checkpointer, list(hooks)
         self.step = 0
         self._stop_requested = False
-        self.audit = GradientAudit(self.models)
-        transformer = self.models[0].config
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            check_for_nan_in_grad=True,
-        )
-        self.ddp = [DistributedDataParallel(transformer, ddp_config, model) for model in self.models]
-        self.optimizer = build_optimizer(config, stage, self.ddp)
-        self.scheduler = build_scheduler(config, stage, self.optimizer, total_steps)
-        transformer.finalize_model_grads_func = finalize_model_grads
-        no_sync = [ddp.no_sync for ddp in self.ddp]
-        transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        transformer.grad_scale_func = self.optimizer.scale_loss
+        self.audit = GradientAudit(named_parameters(self.models))
+        self.engine = build_engine(config, stage, context, self.models)
+        self.scheduler = build_scheduler(config, stage, self.engine.optimizer, total_steps)
 
     @property
     def state(self) -> TrainState:
@@ -166,35 +143,17 @@ class Trainer:
 
     def train_step(self) -> StepRecord:
         """One optimizer step over the global batch."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
         started = time.perf_counter()
         batches: list[MicroBatch] = self.loader.next_step()
-        for ddp in self.ddp:
-            ddp.train()
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        # Each interleaved chunk reads the same micro-batches, at its own pace.
-        iterators = [iter(batches) for _ in self.ddp]
-        reports: list[LossReport] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.ddp,
-            num_microbatches=len(batches),
-            seq_length=self.config.model.max_seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=False,
-        )
+        reports = self.engine.accumulate(batches)
         self.audit.check({batch.task for batch in batches})
         totals = self._reduce(reports)
-        mark_idle_groups(self.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
+        mark_idle_groups(self.engine.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
         self.scheduler.step(1)
-        rates = learning_rates(self.optimizer)
-        _, grad_norm, _ = self.optimizer.step()
-        if grad_norm is None:
-            grad_norm = self.optimizer.get_grad_norm()
+        rates = learning_rates(self.engine.optimizer)
+        grad_norm = self.engine.step()
         self.step += 1
-        return self._record(totals, rates, float(grad_norm), time.perf_counter() - started)
+        return self._record(totals, rates, grad_norm, time.perf_counter() - started)
 
     def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
         """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples.
@@ -241,9 +200,7 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        restored = (
-            self.checkpointer.restore_latest(self.models, self.optimizer) if self.config.checkpoint.resume else None
-        )
+        restored = self.checkpointer.restore_latest(self.models, self.engine) if self.config.checkpoint.resume else None
         if restored is None:
             return
         self.step = restored.step
@@ -253,7 +210,7 @@ class Trainer:
         logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
 
     def _save(self) -> None:
-        path = self.checkpointer.save(self.models, self.optimizer, step=self.step, loader_state=self.loader.state_dict())
+        path = self.checkpointer.save(self.models, self.engine, step=self.step, loader_state=self.loader.state_dict())
         for hook in self.hooks:
             hook.on_checkpoint_saved(self.state, path)
 

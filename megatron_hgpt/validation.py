@@ -16,6 +16,7 @@ from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model.backbone import (
     BackboneShape,
@@ -64,7 +65,7 @@ def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) ->
     for problem in _problems(config, world_size):
         raise ConfigError(problem)
     if check_paths:
-        for problem in _missing_paths(config):
+        for problem in (*missing_requirements(config), *_missing_paths(config)):
             raise ConfigError(problem)
 
 
@@ -107,6 +108,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _one_of("model.template", model.template, tuple(TEMPLATES))
     stage = resolve_stage(training)
     shape = read_backbone(model.hf_config)
+    yield from engine_problems(config)
     if model.max_seq_length > shape.max_positions:
         yield (
             f"model.max_seq_length={model.max_seq_length} exceeds the backbone's max_position_embeddings="

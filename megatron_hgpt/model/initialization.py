@@ -41,7 +41,13 @@ def initialize_by_name(model: HealthGPT, *, seed: int, include_backbone: bool) -
         axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
         if axis is not None:
             full_shape[axis] *= group.size()
-        full = _draw(name, full_shape, generator_for(canonical_name(name, model.layer_offset), seed), is_plugin or is_adapter, model)
+        full = _draw(
+            name,
+            full_shape,
+            generator_for(canonical_name(name, model.layer_offset), seed),
+            is_plugin or is_adapter,
+            model,
+        )
         if axis is not None:
             full = full.chunk(group.size(), dim=axis)[group.rank()]
         parameter.copy_(full)

@@ -197,7 +197,10 @@ def changed_groups(backbone: Path, folder: Path) -> dict[str, dict[str, list[str
                 continue
             group = group_of(name)
             if group == "vocabulary":
-                rows = {"old rows": slice(0, text_size), "new rows": slice(text_size, trainer.models[0].vocabulary.size)}
+                rows = {
+                    "old rows": slice(0, text_size),
+                    "new rows": slice(text_size, trainer.models[0].vocabulary.size),
+                }
                 for key, part in rows.items():
                     moved.setdefault(key, set()).add(not torch.equal(value[part], before[name][part]))
             else:

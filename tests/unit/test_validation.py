@@ -14,7 +14,7 @@ from megatron_hgpt.validation import data_parallel_size, describe, global_batch_
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))
-NODE_SIZE = {"tiny": 2, "smollm2": 3, "m3": 8, "l14": 8, "xl32": 8}
+NODE_SIZE = {"tiny": 2, "smollm2": 3, "m3": 8, "l14": 8, "xl32": 8, "deepspeed": 8}
 """Processes that each family of shipped configurations is written for."""
 
 
@@ -137,7 +137,7 @@ def test_shipped_configurations_are_complete() -> None:
     separate = {f"{model}_{stage}" for model in ("m3", "l14") for stage in STAGES if not stage.endswith("joint")}
     xl32 = {"xl32_stage1_comprehension", "xl32_stage3_comprehension"}
     demo = {f"{model}_stage{stage}" for model in ("tiny", "smollm2") for stage in (1, 2, 3)}
-    assert names == separate | xl32 | demo
+    assert names == separate | xl32 | demo | {"deepspeed_l14_stage3_comprehension"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAIN = "main"
-"""The fp32 copy of a bf16 parameter, which training continues from."""
+from megatron_hgpt.engines.base import MAIN, MOMENTS
 
 
-class OptimizerState:
-    """Reads and writes the state of one rank's optimizer.
+class MegatronOptimizerState:
+    """`OptimizerState` of one rank's Megatron optimizer.
 
     Args:
         optimizer: what `optim.build_optimizer` returned.
