@@ -181,12 +181,11 @@ def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
             "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
         )
     per_stage = {*given.values(), *([left // stages] if stages else [])}
-    if chunks is not None:
-        if chunks < 2 or any(count % chunks for count in per_stage):
-            yield (
-                f"parallel.virtual_pipeline_model_parallel_size={chunks} must be at least 2 and divide the layers of "
-                f"each stage ({', '.join(map(str, sorted(per_stage)))})"
-            )
+    if chunks is not None and (chunks < 2 or any(count % chunks for count in per_stage)):
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} must be at least 2 and divide the layers of "
+            f"each stage ({', '.join(map(str, sorted(per_stage)))})"
+        )
 
 
 def _range_problems(config: RunConfig) -> Iterator[str]:

@@ -49,6 +49,8 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
             )
     if parallel.sequence_parallel:
         yield "parallel.sequence_parallel=true needs engine.name=megatron; set it to false for DeepSpeed"
+    if config.optimizer.cpu_offload:
+        yield "optimizer.cpu_offload=true needs engine.name=megatron; use engine.offload_optimizer=cpu for DeepSpeed"
     if parallel.use_distributed_optimizer:
         yield (
             "parallel.use_distributed_optimizer=true is Megatron's ZeRO-1; with engine.name=deepspeed set it to false "

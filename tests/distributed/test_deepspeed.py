@@ -70,9 +70,9 @@ def build_trainer(config: RunConfig, context: Any) -> Any:
     stage = resolve_stage(config.training)
     model = build_model(config, context.device, dropout=dict(stage.dropout))
     make_b_nonzero(model)
-    freeze_except(model, stage.trainable)
+    freeze_except([model], stage.trainable)
     return Trainer(
-        config=config, stage=stage, context=context, model=model, total_steps=config.training.num_steps,
+        config=config, stage=stage, context=context, models=[model], total_steps=config.training.num_steps,
         loader=LoaderWithTextOnly(stage.tasks, num_micro_batches=8, dp_rank=context.dp_rank, dp_size=context.dp_size),
         checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
     )  # fmt: skip
@@ -100,7 +100,7 @@ def steps(trainer: Any, count: int) -> list[float]:
 
 def whole(trainer: Any) -> dict[str, torch.Tensor]:
     """Every tensor that training may change: weights, and AdamW's state."""
-    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in trainer.models[0].named_parameters() if p.requires_grad}
     with trainer.engine.whole_parameters():
         result = {name: p.detach().clone() for name, p in trained.items()}
         for name, slots in trainer.engine.optimizer_state().gather().items():
@@ -119,7 +119,7 @@ def curves(backbone: Path, folder: Path, engine: EngineConfig, training: dict[st
     for stage in STAGES:
         trainer = build_trainer(make_config(backbone, folder, engine, stage=stage, **training), context)
         result[stage] = steps(trainer, NUM_STEPS)
-    result["held"] = sum(p.numel() for name, p in trainer.model.named_parameters() if not p.requires_grad)
+    result["held"] = sum(p.numel() for name, p in trainer.models[0].named_parameters() if not p.requires_grad)
     return result
 
 
@@ -241,7 +241,7 @@ def load_elsewhere(backbone: Path, folder: Path, run: Path) -> dict[str, np.ndar
 
     config = make_config(backbone, folder, EngineConfig())
     model = build_model(config, initialize().device)
-    load_weights(model, config, [str(run)])
+    load_weights([model], config, [str(run)])
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
@@ -266,7 +266,7 @@ def fail_on_one_rank(backbone: Path, folder: Path, engine: EngineConfig, where: 
         batches[1] = dataclasses.replace(batches[1], image_mask=torch.zeros_like(batches[1].image_mask))
         trainer.loader.next_step = lambda: batches
     if context.rank == 1 and where == "backward":  # of the first layer: the others have their gradients
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in trainer.models[0].named_parameters():
             if "layers.0." in name and parameter.requires_grad:
                 parameter.register_hook(fail)
     steps(trainer, 1)
@@ -288,7 +288,7 @@ def spoil_one_gradient(backbone: Path, folder: Path, engine: EngineConfig) -> st
     context = initialize()
     trainer = build_trainer(make_config(backbone, folder, engine), context)
     if context.rank == 1:
-        parameter = next(p for name, p in trainer.model.named_parameters() if "adapters.generation" in name)
+        parameter = next(p for name, p in trainer.models[0].named_parameters() if "adapters.generation" in name)
         parameter.register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(HealthGPTError) as error:
         trainer.train_step()
@@ -307,7 +307,7 @@ def cut_off_a_plugin(backbone: Path, folder: Path, engine: EngineConfig) -> str:
     from megatron_hgpt.hlora.linear import HLoRALinearMixin
 
     trainer = build_trainer(make_config(backbone, folder, engine), initialize())
-    linear = next(module for module in trainer.model.modules() if isinstance(module, HLoRALinearMixin))
+    linear = next(module for module in trainer.models[0].modules() if isinstance(module, HLoRALinearMixin))
     for plugin in linear.hlora.values():
         expand = plugin.expand
         plugin.expand = lambda u, tp_size, expand=expand: expand(u, tp_size).detach()

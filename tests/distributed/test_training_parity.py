@@ -70,7 +70,8 @@ def build_trainer(config: Any, context: Any, *, loader_tasks: tuple[Task, ...] |
         loader_tasks or stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size
     )
     return Trainer(
-        config=config, stage=stage, context=context, models=models, loader=loader, total_steps=config.training.num_steps,
+        config=config, stage=stage, context=context, models=models, loader=loader,
+        total_steps=int(config.training.num_steps),
         checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
     )  # fmt: skip
 
@@ -190,7 +191,8 @@ def changed_groups(backbone: Path, folder: Path) -> dict[str, dict[str, list[str
         before = {name: value.clone() for name, value in trainer.models[0].state_dict().items() if value is not None}
         for _ in range(3):
             trainer.train_step()
-        text_size = trainer.models[0].vocabulary.text_size
+        vocabulary = trainer.models[0].vocabulary
+        text_size = vocabulary.text_size
         moved: dict[str, set[bool]] = {}
         for name, value in trainer.models[0].state_dict().items():
             if value is None:
@@ -199,7 +201,7 @@ def changed_groups(backbone: Path, folder: Path) -> dict[str, dict[str, list[str
             if group == "vocabulary":
                 rows = {
                     "old rows": slice(0, text_size),
-                    "new rows": slice(text_size, trainer.models[0].vocabulary.size),
+                    "new rows": slice(text_size, vocabulary.size),
                 }
                 for key, part in rows.items():
                     moved.setdefault(key, set()).add(not torch.equal(value[part], before[name][part]))
