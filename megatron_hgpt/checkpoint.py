@@ -177,10 +177,13 @@ def _optimizer_tensors(state: OptimizerState, model_state: dict[str, Any]) -> di
 
 def _steps_per_group(state: OptimizerState) -> dict[str, int]:
     """Optimizer steps of each parameter group, over all pipeline stages; every rank must call it."""
-    mine = {group["group"]: int(group.get("step", 0)) for group in state.groups}
+    mine: dict[str, int] = {}
+    for group in state.groups:
+        mine[group["group"]] = max(mine.get(group["group"], 0), int(group.get("step", 0)))
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, mine)
-    return {name: step for one in every for name, step in one.items()}
+    # Megatron gives every rank every group; where a stage holds none of its parameters, it never steps.
+    return {name: max(one.get(name, 0) for one in every) for name in {name for one in every for name in one}}
 
 
 def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
