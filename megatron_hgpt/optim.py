@@ -96,8 +96,8 @@ class GroupStepAdamW(torch.optim.AdamW):
 
 
 class _HostAdamW(GroupStepAdamW):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, state_device=torch.device("cpu"))
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **{**kwargs, "state_device": torch.device("cpu")})
 
 
 def _idle_aware(adam: type) -> type:
