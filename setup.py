@@ -16,8 +16,8 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.17",
     # megatron-core needs it to save checkpoints, hangs without it, and does not declare it.
     "psutil",
-    # 5 changed CLIP's module names and the configs' rope fields, which the code reads in both spellings.
-    "transformers>=5.0,<6",
+    # Below it CLIP nests its tower differently and position ids are named otherwise: only newer ones are tested.
+    "transformers>=5.23,<6",
     "tokenizers",
     "safetensors",
     "sentencepiece",
