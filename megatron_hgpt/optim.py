@@ -53,22 +53,24 @@ class GroupStepAdamW(torch.optim.AdamW):
     def init_state(self) -> None:
         """Zero moments for parameters that have none yet."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    device = self.state_device or p.device
-                    self.state[p] = {
-                        name: torch.zeros_like(p, device=device, requires_grad=False)
-                        for name in ("exp_avg", "exp_avg_sq")
-                    }
+            self._init_state_of(group["params"])
+
+    def _init_state_of(self, params: list[torch.Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                device = self.state_device or p.device
+                self.state[p] = {
+                    name: torch.zeros_like(p, device=device, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
+                }
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One AdamW step of every group that has gradients."""
-        self.init_state()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            self._init_state_of(params)
             group["step"] += 1
             values, grads = params, [p.grad for p in params]
             if self.state_device is not None:
@@ -116,7 +118,7 @@ def _idle_aware(adam: type) -> type:
 
 
 @contextlib.contextmanager
-def _adam_for_megatron(offload: bool) -> Iterator[None]:
+def _adam_for_megatron(offload: bool = False) -> Iterator[None]:
     """Have get_megatron_optimizer build our Adam: the fused one where Transformer Engine or Apex provide it.
 
     Args:

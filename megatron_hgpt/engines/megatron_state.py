@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.engines.base import MAIN, MOMENTS
+from megatron_hgpt.errors import HealthGPTError
 
 
 class MegatronOptimizerState:
@@ -28,7 +29,7 @@ class MegatronOptimizerState:
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         inner = [one for one in chained if not getattr(one, "is_stub_optimizer", False)]
         if len(inner) > 1:
-            raise NotImplementedError(f"{len(inner)} optimizers on one rank: expert parameters are not trained here")
+            raise HealthGPTError(f"{len(inner)} optimizers on one rank: expert parameters are not trained here")
         self._inner = inner[0] if inner else None  # a pipeline stage may train nothing
         self._is_distributed = hasattr(self._inner, "model_param_group_index_map")
         if self._inner is not None:
