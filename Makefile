@@ -11,13 +11,14 @@ TORCH_SPEC ?= $(if $(HAS_GPU),torch==2.11.0,torch==2.13.0)
 STAMP := $(VENV)/.installed
 TIMED = @start=$$(date +%s); trap 'echo "took $$(( $$(date +%s) - start )) s"' EXIT; set -e;
 
-.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow lint clean
+.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-deepspeed lint clean
 
 help:
-	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 10 minutes)"
+	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 14 minutes)"
 	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
 	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
 	@echo "make test-slow      the tests that make test leaves out"
+	@echo "make test-deepspeed the DeepSpeed engine's tests; installs deepspeed into $(VENV) (6 minutes)"
 	@echo "make lint           ruff and mypy"
 	@echo "make venv           only set up $(VENV)"
 
@@ -52,6 +53,12 @@ test: venv
 test-slow: venv
 	@echo "== the slow tests: what a nightly run does beyond make test"
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "slow and not gpu"
+
+# Python files only: nothing is compiled, and torch stays the one that is installed.
+test-deepspeed: venv
+	@echo "== installing deepspeed (10 s), then the tests of its engine on two gloo processes (6 minutes on 2 cores)"
+	@DS_BUILD_OPS=0 $(PYTHON) -m pip install --quiet -c constraints.txt -e ".[deepspeed]"
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/distributed/test_deepspeed.py
 
 lint: venv
 	$(TIMED) echo "== ruff (rules and format) and mypy"; \

@@ -16,8 +16,8 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.17",
     # megatron-core needs it to save checkpoints, hangs without it, and does not declare it.
     "psutil",
-    # 5 changed CLIP's module names and the configs' rope fields, which the code reads in both spellings.
-    "transformers>=5.0,<6",
+    # Below it CLIP nests its tower differently and position ids are named otherwise: only newer ones are tested.
+    "transformers>=5.23,<6",
     "tokenizers",
     "safetensors",
     "sentencepiece",
@@ -37,7 +37,8 @@ EXTRAS = {
     "eval": ["scikit-image>=0.24"],
     # Needs CUDA, a compiler and --no-build-isolation: README, section "GPU".
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-    "deepspeed": ["deepspeed"],
+    # Install with DS_BUILD_OPS=0. The engine uses coalesce_grad_reduction, which is as old as this release.
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "ui": ["gradio"],
     "dev": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "torchmetrics", "triton"],
 }

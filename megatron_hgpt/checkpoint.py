@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.config import ModelConfig, RunConfig
+from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.stages import group_of
 
@@ -127,56 +128,71 @@ def _metadata() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _model_state(model: Any, groups: Sequence[str]) -> dict[str, Any]:
-    """Sharded tensors of the named groups by parameter name."""
+def _prefix(models: Sequence[Any], i: int) -> str:
+    return f"chunk {i}/" if len(models) > 1 else ""
+
+
+def named_parameters(models: Sequence[Any]) -> dict[str, torch.nn.Parameter]:
+    """Parameters of this rank by name; interleaved chunks, whose names repeat, are told apart by a prefix."""
+    return {_prefix(models, i) + name: p for i, model in enumerate(models) for name, p in model.named_parameters()}
+
+
+def _model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]:
+    """Sharded tensors of the named groups by this rank's parameter names.
+
+    Inside the checkpoint the layers of all pipeline stages are one tensor, so that any layout finds its part.
+    """
     from megatron.core import parallel_state
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     metadata = _metadata()
-    state = model.language_model.sharded_state_dict(prefix="language_model.", metadata=metadata)
-    state.update(
-        make_sharded_tensors_for_checkpoint(
-            model.adapters.state_dict(prefix="", keep_vars=True),
-            "adapters.",
-            {},
-            (),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=metadata["dp_cp_group"],
+    result = {}
+    for i, model in enumerate(models):
+        state = model.language_model.sharded_state_dict(prefix="language_model.", metadata=metadata)
+        state.update(
+            make_sharded_tensors_for_checkpoint(
+                model.adapters.state_dict(prefix="", keep_vars=True),
+                "adapters.",
+                {},
+                (),
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                dp_cp_group=metadata["dp_cp_group"],
+            )
         )
-    )
-    return {name: value for name, value in state.items() if group_of(name) in groups and "_extra_state" not in name}
+        wanted = (name for name in state if group_of(name) in groups and "_extra_state" not in name)
+        result.update({_prefix(models, i) + name: state[name] for name in wanted})
+    return result
 
 
-def _inner_optimizers(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers behind a ChainedOptimizer, without the stubs of ranks that train nothing."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
-
-
-def _optimizer_state(model: Any, optimizer: Any, model_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """AdamW's moments (and fp32 main weights) as sharded tensors by parameter name, and the step count per group."""
+def _optimizer_tensors(state: OptimizerState, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Sharded tensors ``<slot>.<parameter name>`` of the optimizer's state."""
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-    tensors: dict[str, Any] = {}
-    steps: dict[str, int] = {}
-    main_of = {}
-    for inner in _inner_optimizers(optimizer):
-        for group in inner.optimizer.param_groups:
-            steps[group["group"]] = int(group.get("step", 0))
-        inner.init_state_fn(inner.optimizer, inner.config)
-        main_of.update({id(p): inner for group in inner.optimizer.param_groups for p in group["params"]})
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        main = getattr(parameter, "main_param", None)
-        key = parameter if main is None else main
-        inner = main_of[id(key)]
-        slots = {slot: inner.optimizer.state[key][slot] for slot in ("exp_avg", "exp_avg_sq")}
-        if main is not None:
-            slots["main"] = main
-        for slot, tensor in slots.items():
-            tensors[f"{slot}.{name}"] = make_sharded_optimizer_tensor(model_state[name], tensor, f"optimizer.{slot}")
-    return tensors, steps
+    return {
+        f"{slot}.{name}": make_sharded_optimizer_tensor(model_state[name], tensor, f"optimizer.{slot}")
+        for name, slots in state.gather().items()
+        for slot, tensor in slots.items()
+    }
+
+
+def _steps_per_group(state: OptimizerState) -> dict[str, int]:
+    """Optimizer steps of each parameter group, over all pipeline stages; every rank must call it."""
+    mine: dict[str, int] = {}
+    for group in state.groups:
+        mine[group["group"]] = max(mine.get(group["group"], 0), int(group.get("step", 0)))
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, mine)
+    # Megatron gives every rank every group; where a stage holds none of its parameters, it never steps.
+    return {name: max(one.get(name, 0) for one in every) for name in {name for one in every for name in one}}
+
+
+def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """``<slot>.<parameter name>`` -> parameter name -> slot."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        slot, name = key.split(".", 1)
+        result.setdefault(name, {})[slot] = tensor
+    return result
 
 
 def _rng_object() -> Any:
@@ -217,7 +233,7 @@ class Checkpointer:
         self.trained_groups = sorted(set(trained_groups))
         self.is_writer = is_writer
 
-    def save(self, model: Any, optimizer: Any, *, step: int, loader_state: dict[str, Any]) -> Path:
+    def save(self, models: Sequence[Any], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]) -> Path:
         """Write ``step_<step>``; every rank must call it."""
         from megatron.core import dist_checkpointing
 
@@ -229,13 +245,14 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
-        model_state = _model_state(model, _SAVED_GROUPS)
-        optimizer_state, steps = _optimizer_state(model, optimizer, model_state)
-        dist_checkpointing.save(
-            {"model": model_state, "optimizer": optimizer_state, "rng": _rng_object()},
-            str(temporary),
-            sharded_strategy=_save_strategy(),
-        )
+        with engine.whole_parameters():
+            model_state, state = _model_state(models, _SAVED_GROUPS), engine.optimizer_state()
+            dist_checkpointing.save(
+                {"model": model_state, "optimizer": _optimizer_tensors(state, model_state), "rng": _rng_object()},
+                str(temporary),
+                sharded_strategy=_save_strategy(),
+            )
+        steps = _steps_per_group(state)
         torch.distributed.barrier()
         if self.is_writer:
             info = {
@@ -262,7 +279,7 @@ class Checkpointer:
         for old in checkpoint_folders(self.directory)[:-keep] if keep > 0 else []:
             shutil.rmtree(old)
 
-    def restore_latest(self, model: Any, optimizer: Any) -> Restored | None:
+    def restore_latest(self, models: Sequence[Any], engine: TrainingEngine) -> Restored | None:
         """Load the newest complete checkpoint of this run in place; None when there is none.
 
         Raises:
@@ -279,20 +296,18 @@ class Checkpointer:
                 f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
                 "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
             )
-        model_state = _model_state(model, _SAVED_GROUPS)
-        optimizer_state, _ = _optimizer_state(model, optimizer, model_state)
-        request: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         rng = _rng_object()
         same_layout = list(rng.global_shape) == info["rng_layout"]
-        if same_layout:
-            request["rng"] = rng
-        else:
+        if not same_layout:
             logger.warning("%s was saved at layout %s: dropout draws anew", folder, info["rng_layout"])
-        loaded = _load(request, folder)
-        _copy_tensors(model, loaded["model"])
-        for inner in _inner_optimizers(optimizer):
-            for group in inner.optimizer.param_groups:
-                group["step"] = info["optimizer_steps"][group["group"]]
+        with engine.whole_parameters(writable=True):
+            model_state, state = _model_state(models, _SAVED_GROUPS), engine.optimizer_state()
+            request: dict[str, Any] = {"model": model_state, "optimizer": _optimizer_tensors(state, model_state)}
+            loaded = _load({**request, "rng": rng} if same_layout else request, folder)
+            _copy_tensors(models, loaded["model"])
+            state.scatter(_by_parameter(loaded["optimizer"]))
+        for group in state.groups:
+            group["step"] = info["optimizer_steps"][group["group"]]
         if same_layout:
             _restore_rng(loaded["rng"])
         return Restored(path=folder, step=info["step"], loader_state=info["loader"])
@@ -325,8 +340,8 @@ def _load(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _copy_tensors(model: Any, loaded: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+def _copy_tensors(models: Sequence[Any], loaded: dict[str, torch.Tensor]) -> None:
+    parameters = named_parameters(models)
     for name, value in loaded.items():
         if value is not parameters[name] and value.data_ptr() != parameters[name].data_ptr():
             parameters[name].copy_(value)
@@ -340,14 +355,14 @@ def _restore_rng(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["cpu"])
 
 
-def load_weights(model: Any, config: RunConfig, folders: Sequence[str]) -> list[str]:
+def load_weights(models: Sequence[Any], config: RunConfig, folders: Sequence[str]) -> list[str]:
     """Load the weights that earlier stages trained, in order, into a model that is not yet wrapped.
 
     Of each folder only the groups it (or a stage before it) trained are taken, so that stage-1 comprehension and
     stage-1 generation, trained apart, add up.
 
     Args:
-        model: the bare model.
+        models: the bare model parts of this pipeline stage.
         config: the run.
         folders: checkpoint folders, or run folders whose newest checkpoint is meant.
 
@@ -363,7 +378,7 @@ def load_weights(model: Any, config: RunConfig, folders: Sequence[str]) -> list[
         info = read_info(folder)
         _check_fits(config, folder, info)
         groups = {"vocabulary" if group == "new_rows" else group for group in info["trained_groups"]}
-        _copy_tensors(model, _load({"model": _model_state(model, sorted(groups))}, folder)["model"])
+        _copy_tensors(models, _load({"model": _model_state(models, sorted(groups))}, folder)["model"])
         trained |= set(info["trained_groups"])
         logger.info("loaded %s (%s, step %d): %s", folder, info["stage"], info["step"], ", ".join(sorted(groups)))
     return sorted(trained)

@@ -44,6 +44,11 @@ class VisionConfig:
     generation_hidden_state: int = 1
     """Index into HF `hidden_states` for the concrete-grained features."""
 
+    @property
+    def num_image_tokens(self) -> int:
+        """Patch features of one image."""
+        return (int(self.hf_config["image_size"]) // int(self.hf_config["patch_size"])) ** 2
+
 
 @dataclass(kw_only=True, slots=True)
 class VQConfig:
@@ -100,11 +105,33 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Shard activations over T outside the linears; needs T > 1."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages."""
+    """Pipeline stages. Tower, adapters and embedding are on the first, the head on the last."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage (interleaved 1F1B); None is one, plain 1F1B."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers on the first stage, which also runs the tower; None splits evenly."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers on the last stage, which also runs the head; None splits evenly."""
     context_parallel_size: int = 1
     """Ranks that share one sequence."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """What runs forward, backward and the optimizer step (docs/engines.md)."""
+
+    name: str = "megatron"
+    """megatron, or deepspeed: ZeRO over data-parallel ranks, without tensor, pipeline and context parallelism."""
+    zero_stage: int = 2
+    """deepspeed only. 1 shards AdamW's state over the ranks, 2 the reduced gradients as well, 3 also the weights."""
+    offload_optimizer: str = "none"
+    """deepspeed only: none, or cpu to keep AdamW's state, and to update, in host memory."""
+    offload_parameters: str = "none"
+    """deepspeed with zero_stage 3 only: none, or cpu to keep the shards of the weights in host memory."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """deepspeed only: fields of DeepSpeed's JSON set verbatim; what other sections decide is refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,6 +169,8 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     """Global gradient norm; 0 turns clipping off."""
+    cpu_offload: bool = False
+    """Keep AdamW's moments in host memory and update there: 8 bytes less per trained parameter, slower steps."""
     megatron_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core's OptimizerConfig set verbatim (an unknown name is refused)."""
 
@@ -211,6 +240,7 @@ class RunConfig:
     """Everything the run writes: checkpoints, TensorBoard, metrics.jsonl, resolved config."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -40,7 +40,8 @@ def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tenso
         model: the (wrapped) `HealthGPT`.
 
     Returns:
-        The losses of the supervised positions, and the function that reduces them.
+        The losses of the supervised positions (hidden states before the last pipeline stage), and the function that
+        reduces losses.
     """
     batch = next(batches).to(torch.device(torch.cuda.current_device()))
     return model(batch), partial(_loss_of, batch)

@@ -18,7 +18,7 @@ from megatron_hgpt.config import OptimizerConfig, RunConfig
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
 
 
-class GroupStepAdamW(torch.optim.Optimizer):
+class GroupStepAdamW(torch.optim.AdamW):
     """torch's AdamW arithmetic with the step count kept per parameter group.
 
     Args:
@@ -26,6 +26,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         lr: learning rate; the scheduler rewrites it per group.
         betas, eps, weight_decay: as torch.optim.AdamW.
         adam_w_mode: accepted for the signature of the fused Adams; only True (decoupled decay) is implemented.
+        state_device: where the moments live and the update runs; None is beside each parameter.
     """
 
     def __init__(
@@ -36,10 +37,31 @@ class GroupStepAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        state_device: torch.device | None = None,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("GroupStepAdamW implements decoupled weight decay only (adam_w_mode=True)")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.state_device = state_device
+        for group in self.param_groups:
+            group["step"] = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's: AdamW's own expects a step count per parameter."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    def init_state(self) -> None:
+        """Zero moments for parameters that have none yet."""
+        for group in self.param_groups:
+            self._init_state_of(group["params"])
+
+    def _init_state_of(self, params: list[torch.Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                device = self.state_device or p.device
+                self.state[p] = {
+                    name: torch.zeros_like(p, device=device, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
+                }
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -48,13 +70,14 @@ class GroupStepAdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            self._init_state_of(params)
             group["step"] += 1
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            values, grads = params, [p.grad for p in params]
+            if self.state_device is not None:
+                values, grads = [p.to(self.state_device) for p in params], [g.to(self.state_device) for g in grads]
             adamw(
-                params,
-                [p.grad for p in params],
+                values,
+                grads,
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
@@ -69,6 +92,14 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+            if self.state_device is not None:
+                for p, value in zip(params, values, strict=True):
+                    p.copy_(value)
+
+
+class _HostAdamW(GroupStepAdamW):
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **{**kwargs, "state_device": torch.device("cpu")})
 
 
 def _idle_aware(adam: type) -> type:
@@ -87,12 +118,19 @@ def _idle_aware(adam: type) -> type:
 
 
 @contextlib.contextmanager
-def _adam_for_megatron() -> Iterator[None]:
-    """Have get_megatron_optimizer build our Adam: the fused one where Transformer Engine or Apex provide it."""
+def _adam_for_megatron(offload: bool = False) -> Iterator[None]:
+    """Have get_megatron_optimizer build our Adam: the fused one where Transformer Engine or Apex provide it.
+
+    Args:
+        offload: moments and update in host memory.
+    """
     import megatron.core.optimizer as megatron_optimizer
 
     adam, is_torch = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    megatron_optimizer.Adam = _idle_aware(GroupStepAdamW if is_torch else adam)
+    if offload:
+        megatron_optimizer.Adam = _idle_aware(_HostAdamW)
+    else:
+        megatron_optimizer.Adam = _idle_aware(GroupStepAdamW if is_torch else adam)
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
@@ -119,10 +157,30 @@ def megatron_optimizer_settings(config: RunConfig, stage: Stage) -> dict[str, An
     }
 
 
+def group_fields(config: RunConfig, stage: Stage) -> dict[str, dict[str, Any]]:
+    """What the parameter group of each trained stage group carries: ``group``, ``max_lr`` and ``min_lr``."""
+    settings, fields = config.optimizer, {}
+    for group in stage.trainable:
+        lr = stage.lr_of(group, settings.lr, settings.adapter_lr)
+        fields[group] = {"group": group, "max_lr": lr, "min_lr": lr * settings.min_lr_ratio}
+    return fields
+
+
+def build_adamw(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW that leaves idle groups alone, for an engine that shards and clips by itself."""
+    settings = config.optimizer
+    return _idle_aware(GroupStepAdamW)(
+        groups,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) -> Any:
     """Megatron's optimizer over the trainable parameters of DDP-wrapped `model_chunks`, one group per stage group.
 
-    Each parameter group carries ``group`` (its name in the stage table), ``max_lr`` and ``min_lr``.
+    Each parameter group carries the fields of `group_fields`.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
@@ -130,19 +188,14 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
 
     settings: OptimizerConfig = config.optimizer
     overrides = {}
-    for group in stage.trainable:
+    for group, fields in group_fields(config, stage).items():
         matched = "vocabulary" if group == "new_rows" else group
-        lr = stage.lr_of(group, settings.lr, settings.adapter_lr)
         predicate = ParamWithNamePredicate(name=group, fn=lambda _param, name, wanted=matched: group_of(name) == wanted)
-        overrides[ParamKey(with_name_predicate=predicate)] = {
-            "group": group,
-            "max_lr": lr,
-            "min_lr": lr * settings.min_lr_ratio,
-        }
+        overrides[ParamKey(with_name_predicate=predicate)] = fields
     megatron_config = MegatronOptimizerConfig(
         **megatron_optimizer_settings(config, stage), **settings.megatron_overrides
     )
-    with _adam_for_megatron():
+    with _adam_for_megatron(settings.cpu_offload):
         return get_megatron_optimizer(
             megatron_config, model_chunks, config_overrides=overrides, use_gloo_process_groups=False
         )

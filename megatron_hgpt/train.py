@@ -36,22 +36,22 @@ def main(config: RunConfig) -> None:
         from megatron_hgpt.data.loader import build_loader
         from megatron_hgpt.data.tokenizer import TextTokenizer
         from megatron_hgpt.hooks import build_hooks
-        from megatron_hgpt.model.healthgpt import build_model, freeze_except
+        from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
         from megatron_hgpt.trainer import Trainer
 
         if context.is_writer:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.output_dir) / "resolved_config.yaml")
-        model = build_model(config, context.device, dropout=dict(stage.dropout))
-        trained = load_weights(model, config, config.checkpoint.init_from)
-        trainable = freeze_except(model, stage.trainable)
+        models = build_model_chunks(config, context.device, dropout=dict(stage.dropout))
+        trained = load_weights(models, config, config.checkpoint.init_from)
+        trainable = freeze_except(models, stage.trainable)
         tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
         batch_size = global_batch_size(config)
         loader = build_loader(
             config,
             tokenizer_hash=tokenizer.hash,
-            num_image_tokens=model.tower.num_image_tokens,
-            image_size=model.tower.image_size,
+            num_image_tokens=config.model.vision.num_image_tokens,
+            image_size=config.model.vision.hf_config["image_size"],
             dp_rank=context.dp_rank,
             dp_size=context.dp_size,
             tasks=stage.tasks,
@@ -76,13 +76,13 @@ def main(config: RunConfig) -> None:
             rank=context.rank,
             world_size=context.world_size,
             parameters=_path_parameters(config),
-            sample_images=_image_sampler(config, model, tokenizer, context),
+            sample_images=_image_sampler(config, models[0], tokenizer, context),
         )
         Trainer(
             config=config,
             stage=stage,
             context=context,
-            model=model,
+            models=models,
             loader=loader,
             total_steps=total_steps,
             checkpointer=checkpointer,
@@ -115,6 +115,13 @@ def _image_sampler(
     from megatron_hgpt.inference.samples import image_sampler
 
     if config.logging.sample_images_interval_steps <= 0 or not config.model.vq.path:
+        return None
+    if context.pp_size > 1:
+        logger.warning(
+            "sample images need the whole model on every rank and are off with pipeline_model_parallel_size=%d; "
+            "tools/generate.py draws from any checkpoint of this run",
+            context.pp_size,
+        )
         return None
     return image_sampler(config, model, tokenizer, context)
 

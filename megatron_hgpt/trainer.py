@@ -1,25 +1,26 @@
-"""The training loop: steps, optimizer, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
+"""The training loop: steps, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from megatron_hgpt.checkpoint import Checkpointer
+from megatron_hgpt.checkpoint import Checkpointer, named_parameters
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.distributed import DistributedContext
+from megatron_hgpt.engines import build_engine
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.forward_step import LossReport, forward_step
+from megatron_hgpt.forward_step import LossReport
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
-from megatron_hgpt.optim import build_optimizer, build_scheduler, learning_rates, mark_idle_groups
+from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ class GradientAudit:
     freeze order, an adapter outside the graph. It costs nothing after the tasks were seen once.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._waiting: dict[str, Task | None] = {}
         self._seen: set[str] = set()
         self._handles = []
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             if parameter.requires_grad:
                 self._waiting[name] = GROUP_TASK.get(group_of(name))
                 self._handles.append(parameter.register_hook(lambda _grad, name=name: self._seen.add(name)))
@@ -70,7 +71,7 @@ class Trainer:
         config: the run.
         stage: the resolved row of the stage table.
         context: this process's place in the layout.
-        model: the bare model, already frozen except for the stage's groups.
+        models: the bare model of this pipeline stage, or its interleaved chunks, frozen except for the stage's groups.
         loader: yields this rank's micro-batches per step (`data.loader.TrainLoader`).
         total_steps: optimizer steps of the stage.
         checkpointer: saves and restores.
@@ -83,41 +84,20 @@ class Trainer:
         config: RunConfig,
         stage: Stage,
         context: DistributedContext,
-        model: Any,
+        models: Sequence[Any],
         loader: Any,
         total_steps: int,
         checkpointer: Checkpointer,
         hooks: Sequence[Hook] = (),
     ) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-
         self.config, self.stage, self.context = config, stage, context
-        self.model, self.loader, self.total_steps = model, loader, total_steps
+        self.models, self.loader, self.total_steps = list(models), loader, total_steps
         self.checkpointer, self.hooks = checkpointer, list(hooks)
         self.step = 0
         self._stop_requested = False
-        self.audit = GradientAudit(model)
-        transformer = model.config
-        self.ddp = DistributedDataParallel(
-            transformer,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-                check_for_nan_in_grad=True,
-            ),
-            model,
-        )
-        self.optimizer = build_optimizer(config, stage, [self.ddp])
-        self.scheduler = build_scheduler(config, stage, self.optimizer, total_steps)
-        transformer.finalize_model_grads_func = finalize_model_grads
-        transformer.no_sync_func = self.ddp.no_sync
-        transformer.grad_scale_func = self.optimizer.scale_loss
+        self.audit = GradientAudit(named_parameters(self.models))
+        self.engine = build_engine(config, stage, context, self.models)
+        self.scheduler = build_scheduler(config, stage, self.engine.optimizer, total_steps)
 
     @property
     def state(self) -> TrainState:
@@ -129,7 +109,7 @@ class Trainer:
             output_dir=Path(self.config.output_dir),
             is_writer=self.context.is_writer,
             config=self.config,
-            model=self.model,
+            model=self.models[0],
         )
 
     def fit(self) -> None:
@@ -163,35 +143,23 @@ class Trainer:
 
     def train_step(self) -> StepRecord:
         """One optimizer step over the global batch."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
         started = time.perf_counter()
         batches: list[MicroBatch] = self.loader.next_step()
-        self.model.train()
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        reports: list[LossReport] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=self.config.model.max_seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=False,
-        )
+        reports = self.engine.accumulate(batches)
         self.audit.check({batch.task for batch in batches})
         totals = self._reduce(reports)
-        mark_idle_groups(self.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
+        mark_idle_groups(self.engine.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
         self.scheduler.step(1)
-        rates = learning_rates(self.optimizer)
-        _, grad_norm, _ = self.optimizer.step()
-        if grad_norm is None:
-            grad_norm = self.optimizer.get_grad_norm()
+        rates = learning_rates(self.engine.optimizer)
+        grad_norm = self.engine.step()
         self.step += 1
-        return self._record(totals, rates, float(grad_norm), time.perf_counter() - started)
+        return self._record(totals, rates, grad_norm, time.perf_counter() - started)
 
     def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
-        """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples."""
+        """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples.
+
+        Only the last pipeline stage has reports; every stage is told.
+        """
         from megatron.core import parallel_state
 
         rows = []
@@ -207,6 +175,8 @@ class Trainer:
             )
         sums = torch.tensor(rows, dtype=torch.float64, device=self.context.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.context.pp_size > 1:
+            torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         names = ("loss", "tokens", "content_tokens", "samples")
         return {task.value: dict(zip(names, sums[i].tolist(), strict=True)) for i, task in enumerate(TASKS)}
 
@@ -230,9 +200,7 @@ class Trainer:
         )
 
     def _restore(self) -> None:
-        restored = (
-            self.checkpointer.restore_latest(self.model, self.optimizer) if self.config.checkpoint.resume else None
-        )
+        restored = self.checkpointer.restore_latest(self.models, self.engine) if self.config.checkpoint.resume else None
         if restored is None:
             return
         self.step = restored.step
@@ -242,7 +210,7 @@ class Trainer:
         logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
 
     def _save(self) -> None:
-        path = self.checkpointer.save(self.model, self.optimizer, step=self.step, loader_state=self.loader.state_dict())
+        path = self.checkpointer.save(self.models, self.engine, step=self.step, loader_state=self.loader.state_dict())
         for hook in self.hooks:
             hook.on_checkpoint_saved(self.state, path)
 

@@ -16,6 +16,7 @@ from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model.backbone import (
     BackboneShape,
@@ -45,6 +46,7 @@ _AT_LEAST = {
     "optimizer.clip_grad": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
+    "parallel.pipeline_model_parallel_size": 1,
     "parallel.tensor_model_parallel_size": 1,
     "training.seed": 0,
 }
@@ -63,7 +65,7 @@ def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) ->
     for problem in _problems(config, world_size):
         raise ConfigError(problem)
     if check_paths:
-        for problem in _missing_paths(config):
+        for problem in (*missing_requirements(config), *_missing_paths(config)):
             raise ConfigError(problem)
 
 
@@ -106,21 +108,21 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _one_of("model.template", model.template, tuple(TEMPLATES))
     stage = resolve_stage(training)
     shape = read_backbone(model.hf_config)
+    yield from engine_problems(config)
     if model.max_seq_length > shape.max_positions:
         yield (
             f"model.max_seq_length={model.max_seq_length} exceeds the backbone's max_position_embeddings="
             f"{shape.max_positions}; lower it"
         )
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(parallel, name) != 1:
-            yield f"parallel.{name}={getattr(parallel, name)} is not supported by this version; use 1"
-    if parallel.use_distributed_optimizer:
-        yield "parallel.use_distributed_optimizer=true is not supported by this version; use false"
+    if parallel.context_parallel_size != 1:
+        yield f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported by this version; use 1"
+    yield from _pipeline_problems(config, shape.num_layers)
     check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
     dp_size = data_parallel_size(config, world_size)
     yield from _batch_problems(config, dp_size)
+    yield from _interleaving_problems(config, dp_size)
     if (training.num_steps is None) == (training.num_epochs is None):
         yield (
             f"set exactly one of training.num_steps ({training.num_steps}) and training.num_epochs "
@@ -151,9 +153,39 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"data.mixture.{name}={weight} must be a number of at least 0"
     if config.data.mixture and not any(config.data.mixture.get(task.value) for task in stage.tasks):
         yield f"data.mixture={config.data.mixture} leaves training.stage={training.stage} without samples"
-    if config.data.mixture and (missing := [task.value for task in stage.tasks if task.value not in config.data.mixture]):
+    missing = [task.value for task in stage.tasks if config.data.mixture and task.value not in config.data.mixture]
+    if missing:
         yield f"data.mixture has no weight for {missing[0]}, which {training.stage} trains; 0 leaves it out"
     _check_megatron_overrides(config, shape)
+
+
+def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
+    parallel = config.parallel
+    size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    ends = {
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+    }
+    given = {name: value for name, value in ends.items() if value is not None}
+    if size == 1:
+        for name, value in {"virtual_pipeline_model_parallel_size": chunks, **given}.items():
+            if value is not None:
+                yield f"parallel.{name}={value} needs parallel.pipeline_model_parallel_size > 1; remove it"
+        return
+    left, stages = num_layers - sum(given.values()), size - len(given)
+    if any(value < 1 for value in given.values()) or left < stages or (left % stages if stages else left):
+        split = ", ".join(f"{name}={value}" for name, value in given.items())
+        yield (
+            f"parallel.pipeline_model_parallel_size={size}: {left} of the {num_layers} layers cannot be split evenly "
+            f"over {stages} stages{f' ({split})' if split else ''}; choose another size, or set "
+            "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
+        )
+    per_stage = {*given.values(), *([left // stages] if stages else [])}
+    if chunks is not None and (chunks < 2 or any(count % chunks for count in per_stage)):
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} must be at least 2 and divide the layers of "
+            f"each stage ({', '.join(map(str, sorted(per_stage)))})"
+        )
 
 
 def _range_problems(config: RunConfig) -> Iterator[str]:
@@ -237,6 +269,17 @@ def _batch_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
         )
 
 
+def _interleaving_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
+    parallel, micro = config.parallel, config.training.micro_batch_size
+    size = parallel.pipeline_model_parallel_size
+    count = global_batch_size(config) // max(micro * dp_size, 1)
+    if parallel.virtual_pipeline_model_parallel_size is not None and (count < size or 0 < count % size < size):
+        yield (
+            f"{count} micro-batches per rank: the interleaved schedule needs a multiple of "
+            f"parallel.pipeline_model_parallel_size={size}; change training.global_batch_size or micro_batch_size"
+        )
+
+
 def _missing_paths(config: RunConfig) -> Iterator[str]:
     model, data = config.model, config.data
     folders = {
@@ -293,6 +336,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"processes                       {world_size}",
         f"tensor parallel size            {config.parallel.tensor_model_parallel_size}"
         f"{' with sequence parallelism' if config.parallel.sequence_parallel else ''}",
+        f"pipeline parallel size          {_pipeline(config)}",
         f"data parallel size              {dp_size}",
         f"samples per optimizer step      {total}",
         f"micro-batches per rank          {total // (micro * dp_size)} of {micro} samples",
@@ -305,6 +349,11 @@ def describe(config: RunConfig, world_size: int) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _pipeline(config: RunConfig) -> str:
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    return f"{config.parallel.pipeline_model_parallel_size}" + (f", {chunks} chunks each" if chunks else "")
 
 
 def _length(config: RunConfig, stage: Stage, total: int) -> str:

@@ -120,7 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--output", type=Path, help="default: runs/demo (runs/demo-smollm2)")
-    parser.add_argument("--vqgan-steps", type=int, default=600, help="optimizer steps of the VQGAN")
+    parser.add_argument("--vqgan-steps", type=int, default=500, help="optimizer steps of the VQGAN")
     parser.add_argument("--max-vqa", type=int, help="questions evaluated per split at most")
     parser.add_argument("--max-images", type=int, help="pictures evaluated per split at most")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every stage's configuration")

@@ -94,7 +94,10 @@ def linear_layouts(shape: BackboneShape) -> dict[str, BranchLayout]:
 
 
 def hlora_block_spec(
-    config: TransformerConfig, shape: BackboneShape, plugins: Mapping[Task, HLoRAPluginConfig]
+    config: TransformerConfig,
+    shape: BackboneShape,
+    plugins: Mapping[Task, HLoRAPluginConfig],
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The decoder block: local (torch) modules, H-LoRA on QKV, projection, FC1 and FC2.
 
@@ -102,6 +105,7 @@ def hlora_block_spec(
         config: Megatron's transformer configuration.
         shape: the backbone, which decides how each branch is cut.
         plugins: plugins to hang on every linear; may be empty.
+        vp_stage: model chunk of this pipeline stage under the interleaved schedule.
     """
     layouts = linear_layouts(shape)
 
@@ -136,5 +140,5 @@ def hlora_block_spec(
         ),
     )
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=SequenceParallelRMSNorm
     )

@@ -60,7 +60,7 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     config.parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     context = distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config, context.device)
-    load_weights(model, config, [str(folder)])
+    load_weights([model], config, [str(folder)])
     tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
     generator = Generator(
         model,

@@ -167,6 +167,13 @@ def check_tensor_parallel(shape: BackboneShape, size: int) -> None:
         )
 
 
+_RECOMPUTE: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+}
+
+
 def transformer_config(
     shape: BackboneShape, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> TransformerConfig:
@@ -204,6 +211,12 @@ def transformer_config(
         "bf16": training.precision == "bf16",
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        # A batched exchange would mix up the two messages between the same two interleaved stages.
+        "overlap_p2p_comm": parallel.virtual_pipeline_model_parallel_size is not None,
+        "batch_p2p_comm": parallel.virtual_pipeline_model_parallel_size is None,
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
@@ -230,10 +243,7 @@ def transformer_config(
         "persist_layer_norm": False,
         "attention_softmax_in_fp32": True,
     }
-    if training.recompute == "full":
-        defaults.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif training.recompute == "selective":
-        defaults.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    defaults.update(_RECOMPUTE[training.recompute])
     if clash := sorted(decided.keys() & model.transformer_overrides.keys()):
         raise ConfigError(
             f"model.transformer_overrides.{clash[0]} is decided by model.hf_config, parallel or training; set it there"

@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
-from megatron_hgpt.errors import DataError
+from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config
 from megatron_hgpt.model.language_model import Backbone
 from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.stages import group_of
 from megatron_hgpt.vision.adapter import VisionAdapter
 from megatron_hgpt.vision.clip import HVPTower
 
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class HealthGPT(MegatronModule):
-    """The whole model on one pipeline stage.
+    """The model, or the part of it that one pipeline stage (or one of its interleaved chunks) holds.
 
     Args:
         config: the run's configuration.
@@ -39,6 +41,9 @@ class HealthGPT(MegatronModule):
         shape: the backbone's sizes.
         plugins: the H-LoRA plugins to hang on every linear.
         device: where parameters live.
+        pre_process: holds tower, adapters and embedding: the first stage.
+        post_process: holds the final norm and the head: the last stage.
+        vp_stage: number of the chunk under the interleaved schedule.
     """
 
     def __init__(
@@ -48,31 +53,38 @@ class HealthGPT(MegatronModule):
         shape: BackboneShape,
         plugins: dict[Task, HLoRAPluginConfig],
         device: torch.device,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False  # Megatron's pipeline schedules ask
         self.shape = shape
         self.plugins = plugins
         self.vocabulary = Vocabulary.from_config(config.model)
-        self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
-        self.tower.to(device=device, dtype=transformer.params_dtype)
-        self.adapters = nn.ModuleDict(
-            {
-                task.value: VisionAdapter(
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.adapters = nn.ModuleDict()
+        if pre_process:
+            self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
+            self.tower.to(device=device, dtype=transformer.params_dtype)
+            for task in plugins or TASKS:
+                self.adapters[task.value] = VisionAdapter(
                     self.tower.hidden_size, shape.hidden_size, dtype=transformer.params_dtype, device=device
                 )
-                for task in (plugins or TASKS)
-            }
-        )
         self.language_model = Backbone(
             transformer,
-            hlora_block_spec(transformer, shape, plugins),
+            hlora_block_spec(transformer, shape, plugins, vp_stage),
             vocab_size=self.vocabulary.padded_size,
             max_sequence_length=config.model.max_seq_length,
             share_embeddings_and_output_weights=False,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
             scatter_embedding_sequence_parallel=False,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
             vocabulary=self.vocabulary,
         )
 
@@ -100,6 +112,11 @@ class HealthGPT(MegatronModule):
             torch.distributed.all_gather_into_tensor(gathered, mine, group=group)
             features = gathered[:num_images]
         return self.adapters[task.value](features)
+
+    @property
+    def layer_offset(self) -> int:
+        """Transformer layers before this part, on earlier pipeline stages."""
+        return get_transformer_layer_offset(self.config, self.vp_stage)
 
     @property
     def pg_tp(self) -> torch.distributed.ProcessGroup:
@@ -130,13 +147,19 @@ class HealthGPT(MegatronModule):
         return embedded
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Losses of the supervised positions [m], fp32, in (token, sample) order."""
-        features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
+        """Losses of the supervised positions [m], fp32, in (token, sample) order; hidden states before the last stage.
+
+        Every pipeline stage is given the whole micro-batch: its task decides the plugin everywhere.
+        """
+        embedded = None
+        if self.pre_process:
+            features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
+            embedded = self.embed(batch.tokens, batch.position_ids, batch.image_mask, features)
         return self.language_model(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
             attention_mask=None,
-            decoder_input=self.embed(batch.tokens, batch.position_ids, batch.image_mask, features),
+            decoder_input=embedded,
             labels=batch.labels,
             packed_seq_params=TaskRouting.of(batch.task, batch.tokens.shape[1]),
         )
@@ -195,67 +218,102 @@ def plugins_of(config: RunConfig, dropout: dict[Task, float | None] | None = Non
 def build_model(
     config: RunConfig, device: torch.device, *, dropout: dict[Task, float | None] | None = None
 ) -> HealthGPT:
-    """A HealthGPT with initialised (by name) and, where folders are given, loaded weights.
+    """The whole HealthGPT in one piece (a layout without pipeline stages); see `build_model_chunks`."""
+    (model,) = build_model_chunks(config, device, dropout=dropout)
+    return model
+
+
+def build_model_chunks(
+    config: RunConfig, device: torch.device, *, dropout: dict[Task, float | None] | None = None
+) -> list[HealthGPT]:
+    """This pipeline stage's part of a HealthGPT, initialised (by name) and, where folders are given, loaded.
 
     Args:
         config: the run's configuration.
         device: where parameters live.
         dropout: H-LoRA dropout per task that overrides the plugins' own (a stage's choice).
 
+    Returns:
+        One model, or one per virtual pipeline stage.
+
     Raises:
         ConfigError: sizes that do not fit each other or the layout.
         CheckpointError: a weight folder that does not fit the configuration.
     """
+    shape = read_backbone(config.model.hf_config)
+    transformer = transformer_config(shape, config.model, config.parallel, config.training)
+    num_chunks = config.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in [None] if num_chunks is None else range(num_chunks):
+        model = HealthGPT(
+            config,
+            transformer,
+            shape,
+            plugins_of(config, dropout),
+            device,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        _fill(model, config)
+        chunks.append(model.to(device))
+    if config.model.backbone is None:
+        logger.warning("model.backbone is not set: the language model starts from random weights")
+    return chunks
+
+
+def _fill(model: HealthGPT, config: RunConfig) -> None:
+    """Draw what is new, load what has a folder."""
     from megatron_hgpt.convert.mapping import load_backbone
     from megatron_hgpt.model.initialization import initialize_by_name
 
-    shape = read_backbone(config.model.hf_config)
-    transformer = transformer_config(shape, config.model, config.parallel, config.training)
-    model = HealthGPT(config, transformer, shape, plugins_of(config, dropout), device)
     initialize_by_name(model, seed=config.training.seed, include_backbone=config.model.backbone is None)
-    if config.model.backbone is None:
-        logger.warning("model.backbone is not set: the language model starts from random weights")
-    else:
+    if config.model.backbone is not None:
         load_backbone(
             model.language_model,
             config.model.backbone,
-            shape,
+            model.shape,
             model.vocabulary,
             tp_rank=model.pg_tp.rank(),
             tp_size=model.pg_tp.size(),
+            layer_offset=model.layer_offset,
         )
-    return model.to(device)
 
 
-def freeze_except(model: HealthGPT, trainable: Sequence[str]) -> list[str]:
+def freeze_except(models: Sequence[HealthGPT], trainable: Sequence[str]) -> list[str]:
     """Set requires_grad by group BEFORE Megatron's DDP wraps the model, which collects parameters once.
 
     Args:
-        model: the bare model.
+        models: the bare parts of this pipeline stage.
         trainable: groups of `megatron_hgpt.stages`; new_rows trains embedding and head through a row mask.
 
     Returns:
-        Names of the trainable parameters.
+        Names of the trainable parameters on this rank; a pipeline stage may have none.
 
     Raises:
         ConfigError: a group that matches no parameter on any rank would train nothing.
     """
-    from megatron_hgpt.errors import ConfigError
-    from megatron_hgpt.stages import group_of
-
     wanted = {"vocabulary" if group == "new_rows" else group for group in trainable}
     names, found = [], set()
-    for name, parameter in model.named_parameters():
-        group = group_of(name)
-        parameter.requires_grad_(group in wanted)
-        if group in wanted:
-            names.append(name)
-            found.add(group)
-    if wanted - found:
-        raise ConfigError(f"nothing to train in {sorted(wanted - found)}: the model has no such parameters")
-    if "new_rows" in trainable:
-        _train_new_rows_only(model)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            group = group_of(name)
+            parameter.requires_grad_(group in wanted)
+            if group in wanted:
+                names.append(name)
+                found.add(group)
+        if "new_rows" in trainable:
+            _train_new_rows_only(model)
+    if missing := wanted - _on_any_stage(found):
+        raise ConfigError(f"nothing to train in {sorted(missing)}: the model has no such parameters")
     return names
+
+
+def _on_any_stage(groups: set[str]) -> set[str]:
+    """The union of `groups` over the pipeline stages."""
+    found: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(found, groups, group=parallel_state.get_pipeline_model_parallel_group())
+    return set().union(*found)
 
 
 def _train_new_rows_only(model: HealthGPT) -> None:

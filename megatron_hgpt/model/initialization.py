@@ -41,15 +41,23 @@ def initialize_by_name(model: HealthGPT, *, seed: int, include_backbone: bool) -
         axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
         if axis is not None:
             full_shape[axis] *= group.size()
-        full = _draw(name, full_shape, generator_for(_canonical(name), seed), is_plugin or is_adapter, model)
+        full = _draw(
+            name,
+            full_shape,
+            generator_for(canonical_name(name, model.layer_offset), seed),
+            is_plugin or is_adapter,
+            model,
+        )
         if axis is not None:
             full = full.chunk(group.size(), dim=axis)[group.rank()]
         parameter.copy_(full)
 
 
-def _canonical(name: str) -> str:
-    """The name as an unsharded model has it; layers are numbered within the pipeline stage already (PP = 1)."""
-    return re.sub(r"^module\.", "", name)
+def canonical_name(name: str, layer_offset: int) -> str:
+    """The name as an unsharded model has it: layers are numbered through all pipeline stages."""
+    return re.sub(
+        r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + layer_offset), name.removeprefix("module.")
+    )
 
 
 def _draw(name: str, shape: list[int], generator: torch.Generator, is_added: bool, model: HealthGPT) -> torch.Tensor:

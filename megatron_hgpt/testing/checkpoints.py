@@ -25,12 +25,13 @@ def write_tiny_phi3(
     ffn: int = 256,
     seed: int = 0,
     max_position: int = 2048,
+    rope_theta: float = 10000.0,
     initializer_range: float = 0.02,
     sliding_window: int | None = None,
     bos_token_id: int = 1,
     eos_token_id: int = 2,
 ) -> None:
-    """Write a random `Phi3ForCausalLM` (fused QKV and gate-up, untied head, RoPE theta 10000).
+    """Write a random `Phi3ForCausalLM` (fused QKV and gate-up, untied head).
 
     Args:
         folder: gets config.json, generation_config.json and model.safetensors.
@@ -164,7 +165,7 @@ def _decoder_fields(arguments: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": arguments["bos_token_id"],
         "eos_token_id": arguments["eos_token_id"],
         "pad_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": arguments.get("rope_theta", 10000.0)},
         "tie_word_embeddings": False,
     }
 

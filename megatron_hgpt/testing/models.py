@@ -22,19 +22,19 @@ from megatron_hgpt.config import (
     VQConfig,
 )
 from megatron_hgpt.data.samples import IGNORE_INDEX, MicroBatch, Task
-from megatron_hgpt.model.initialization import generator_for
+from megatron_hgpt.model.initialization import canonical_name, generator_for
 
 TEXT_SIZE, NUM_CODES, NUM_INDICES = 96, 16, 4
 IMAGE_SIZE, NUM_IMAGE_TOKENS = 16, 4
 
 
-def write_backbone(folder: Path, family: str = "phi3") -> Path:
+def write_backbone(folder: Path, family: str = "phi3", num_layers: int = 2) -> Path:
     """A tiny random backbone folder; heads and KV heads allow TP 1, 2 and 4."""
     from megatron_hgpt.testing import checkpoints
 
     write = {"phi3": checkpoints.write_tiny_phi3, "llama": checkpoints.write_tiny_llama}[family]
     write(
-        folder, text_vocab_size=TEXT_SIZE, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=4, ffn=96,
+        folder, text_vocab_size=TEXT_SIZE, hidden_size=64, num_layers=num_layers, num_heads=4, num_kv_heads=4, ffn=96,
         initializer_range=0.1,
     )  # fmt: skip
     return folder
@@ -126,7 +126,7 @@ class FixedLoader:
         self.step = state["step"]
 
 
-def make_b_nonzero(model: torch.nn.Module) -> None:
+def make_b_nonzero(model: Any) -> None:
     """Draw every B at random by name: with B = 0 a wrong gate or gradient stays invisible at first."""
     from megatron.core import parallel_state
 
@@ -140,5 +140,5 @@ def make_b_nonzero(model: torch.nn.Module) -> None:
             is_sharded = getattr(parameter, "tensor_model_parallel", False)
             if is_sharded:
                 shape[0] *= size
-            full = torch.randn(shape, generator=generator_for(name, 5)) * 0.05
+            full = torch.randn(shape, generator=generator_for(canonical_name(name, model.layer_offset), 5)) * 0.05
             parameter.copy_(full.chunk(size)[rank] if is_sharded else full)

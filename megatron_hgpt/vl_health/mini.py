@@ -97,14 +97,12 @@ _OVERLAPPING = frozenset({"brain", "head"})
 """Values that may both be true of one picture: never a wrong answer for each other."""
 
 _PROMPTS = {
-    "reconstruction": ("Reconstruct the image.", "Please reconstruct this image."),
-    "super_resolution": (
-        "Increase the resolution of this image by a factor of four.",
-        "Enhance the resolution of this image.",
-    ),
-    "anatomical_to_functional": ("Convert this anatomical MRI slice to functional MRI.",),
-    "functional_to_anatomical": ("Convert this functional MRI slice to anatomical MRI.",),
+    "reconstruction": "Reconstruct the image.",
+    "super_resolution": "Increase the resolution of this image by a factor of four.",
+    "anatomical_to_functional": "Convert this anatomical MRI slice to functional MRI.",
+    "functional_to_anatomical": "Convert this functional MRI slice to anatomical MRI.",
 }
+"""One per kind: a constant distance between a patch and its index is what a small model learns first."""
 
 
 def build_mini_vl_health(folder: Path, *, seed: int = 0, num_super_resolution: int = 40) -> dict[str, Any]:
@@ -253,13 +251,12 @@ def _generation(
     """Reconstruction of three pictures in four, super-resolution of those with native detail, conversion pairs."""
     records = []
 
-    def add(kind: str, image: str, target: str, turn: int) -> None:
-        prompt = _PROMPTS[kind][turn % len(_PROMPTS[kind])]
-        records.append(_conversation(image, prompt, "", task="generation", target_image=target, kind=kind))
+    def add(kind: str, image: str, target: str) -> None:
+        records.append(_conversation(image, _PROMPTS[kind], "", task="generation", target_image=target, kind=kind))
 
     for turn, index in enumerate(members):
         if turn % 4 != 3:
-            add("reconstruction", names[index], names[index], turn // 4)
+            add("reconstruction", names[index], names[index])
     detailed = [index for index in members if pictures[index].native and min(pictures[index].image.size) >= 64]
     keep = min(num_super_resolution, len(detailed))
     for turn in range(keep):
@@ -271,13 +268,13 @@ def _generation(
         )
         small_name = names[index].replace(".png", f"_x{SUPER_RESOLUTION_FACTOR}.png")
         write_atomic(folder / small_name, _png(small))
-        add("super_resolution", small_name, names[index], turn)
+        add("super_resolution", small_name, names[index])
     by_place = {(pictures[index].series, pictures[index].position): index for index in members}
     for source, target in _CONVERSION_PAIRS:
         if source in by_place:
             anatomical, functional = names[by_place[source]], names[by_place[target]]
-            add("anatomical_to_functional", anatomical, functional, 0)
-            add("functional_to_anatomical", functional, anatomical, 0)
+            add("anatomical_to_functional", anatomical, functional)
+            add("functional_to_anatomical", functional, anatomical)
     return records
 
 

@@ -41,9 +41,7 @@ def test_equals_the_formula(left: int | None, num_queries: int) -> None:
 
 
 @pytest.mark.parametrize(("left", "has_mask"), [(5, False), (4, True)])
-def test_a_window_as_long_as_the_keys_makes_no_mask(
-    left: int, has_mask: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_as_long_as_the_keys_makes_no_mask(left: int, has_mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(

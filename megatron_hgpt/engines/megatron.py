@@ -1,0 +1,83 @@
+"""Megatron-Core's engine: its DDP, pipeline schedule and optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.data.samples import MicroBatch
+from megatron_hgpt.engines.base import OptimizerState
+from megatron_hgpt.engines.megatron_state import MegatronOptimizerState
+from megatron_hgpt.forward_step import LossReport, forward_step
+from megatron_hgpt.optim import build_optimizer
+from megatron_hgpt.stages import Stage
+
+
+class MegatronEngine:
+    """`TrainingEngine` on megatron.core.
+
+    Args:
+        config: the run.
+        stage: decides the parameter groups.
+        models: the bare model, or its interleaved chunks, already frozen except for the stage's groups.
+    """
+
+    def __init__(self, config: RunConfig, stage: Stage, models: Sequence[Any]) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        self.config, self.models = config, list(models)
+        transformer = self.models[0].config
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            check_for_nan_in_grad=True,
+        )
+        self.ddp = [DistributedDataParallel(transformer, ddp_config, model) for model in self.models]
+        self.optimizer = build_optimizer(config, stage, self.ddp)
+        transformer.finalize_model_grads_func = finalize_model_grads
+        no_sync = [ddp.no_sync for ddp in self.ddp]
+        transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        transformer.grad_scale_func = self.optimizer.scale_loss
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
+        """See `TrainingEngine.accumulate`."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # Each interleaved chunk reads the same micro-batches, at its own pace.
+        iterators = [iter(batches) for _ in self.ddp]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.ddp,
+            num_microbatches=len(batches),
+            seq_length=self.config.model.max_seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=False,
+        )
+
+    def step(self) -> float:
+        """See `TrainingEngine.step`."""
+        _, grad_norm, _ = self.optimizer.step()
+        return float(self.optimizer.get_grad_norm() if grad_norm is None else grad_norm)
+
+    def whole_parameters(self, *, writable: bool = False) -> contextlib.AbstractContextManager[None]:
+        """See `TrainingEngine.whole_parameters`: they always are."""
+        return contextlib.nullcontext()
+
+    def optimizer_state(self) -> OptimizerState:
+        """See `TrainingEngine.optimizer_state`."""
+        from megatron_hgpt.checkpoint import named_parameters
+
+        return MegatronOptimizerState(self.optimizer, named_parameters(self.models))
