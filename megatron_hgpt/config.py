@@ -92,6 +92,8 @@ class ModelConfig:
     vq: VQConfig = field(default_factory=VQConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hlora: HLoRAConfig = field(default_factory=HLoRAConfig)
+    transformer_impl: str = "auto"
+    """Layers of the language model: local, transformer_engine (installed, on a GPU), or auto: the latter where it runs."""
     transformer_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core's TransformerConfig set verbatim (an unknown name is refused)."""
 
@@ -190,7 +192,8 @@ class TrainingConfig:
     global_batch_size: int | None = None
     """Samples per optimizer step over all ranks; None takes the stage table's value."""
     precision: str = "bf16"
-    """bf16 or fp32 for parameters and activations; the router softmax and the loss are fp32 always."""
+    """bf16 or fp32 for parameters and activations, or fp8: as bf16, with the frozen GEMMs in FP8 (Transformer Engine).
+    The router softmax and the loss are fp32 always."""
     seed: int = 1234
     """Seeds initialisation (by parameter name), data order and dropout."""
     train_adapters_in_stage2: bool = False

@@ -12,6 +12,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import PathParameters, TrainState
+from megatron_hgpt.model.transformer_impl import describe_choice, sequence_multiple
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import global_batch_size, validate
 
@@ -42,6 +43,7 @@ def main(config: RunConfig) -> None:
         if context.is_writer:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.output_dir) / "resolved_config.yaml")
+        logger.info(describe_choice(config.model, config.training))
         models = build_model_chunks(config, context.device, dropout=dict(stage.dropout))
         trained = load_weights(models, config, config.checkpoint.init_from)
         trainable = freeze_except(models, stage.trainable)
@@ -56,7 +58,7 @@ def main(config: RunConfig) -> None:
             dp_size=context.dp_size,
             tasks=stage.tasks,
             global_batch_size=batch_size,
-            pad_to_multiple=context.tp_size if config.parallel.sequence_parallel else 1,
+            pad_to_multiple=sequence_multiple(config.parallel, config.training),
         )
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)

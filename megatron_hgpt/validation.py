@@ -26,6 +26,7 @@ from megatron_hgpt.model.backbone import (
     transformer_config,
 )
 from megatron_hgpt.model.parameter_counts import count_parameters
+from megatron_hgpt.model.transformer_impl import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.stages import Stage, resolve_stage
 
@@ -60,11 +61,12 @@ def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) ->
     Args:
         config: the run.
         world_size: processes that will run it.
-        check_paths: whether folders must exist (a shipped configuration names a user's folders).
+        check_paths: whether folders and optional packages must be here (a shipped configuration names a user's).
     """
     for problem in _problems(config, world_size):
         raise ConfigError(problem)
     if check_paths:
+        resolve_transformer_impl(config.model, config.training)
         for problem in (*missing_requirements(config), *_missing_paths(config)):
             raise ConfigError(problem)
 
@@ -100,7 +102,8 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[
 def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     training, parallel, model = config.training, config.parallel, config.model
     yield from _range_problems(config)
-    yield from _one_of("training.precision", training.precision, ("bf16", "fp32"))
+    yield from _one_of("training.precision", training.precision, PRECISIONS)
+    yield from _one_of("model.transformer_impl", model.transformer_impl, IMPLEMENTATIONS)
     yield from _one_of("training.recompute", training.recompute, (None, "selective", "full"))
     yield from _one_of("optimizer.schedule", config.optimizer.schedule, (None, "cosine", "linear", "constant"))
     from megatron_hgpt.data.templates import TEMPLATES
@@ -121,6 +124,8 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
     dp_size = data_parallel_size(config, world_size)
+    if training.precision == "fp8":
+        yield from fp8_problems(shape, model, parallel)
     yield from _batch_problems(config, dp_size)
     yield from _interleaving_problems(config, dp_size)
     if (training.num_steps is None) == (training.num_epochs is None):

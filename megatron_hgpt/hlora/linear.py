@@ -1,6 +1,7 @@
 """Megatron's parallel linears with H-LoRA plugins beside the frozen weight.
 
-They subclass the base linears, so that base weights keep Megatron's names. Activations are [s, b, h]; T is the
+They subclass the base linears, so that base weights keep Megatron's names. The branch lives in mixins, which the local
+linears here and Transformer Engine's (`te_linear`) share. Activations are [s, b, h]; T is the
 tensor-parallel size; sequence parallelism (SP) shards s over T.
 
 Column (QKV, FC1)   P replicated, runs on the local tokens of the norm output; only u is gathered: [s, b, r] and never
@@ -36,7 +37,7 @@ from megatron_hgpt.data.samples import Task
 from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
 
 
-class HLoRALinearMixin:
+class HLoRALinearMixin(nn.Module):
     """Plugins of one linear and the choice among them; see `HLoRATransformerLayer` for who sets `active_task`."""
 
     hlora: nn.ModuleDict
@@ -45,7 +46,6 @@ class HLoRALinearMixin:
     tp_group: Any
     config: Any
     weight: nn.Parameter
-    state_dict: Any
 
     def _add_plugins(
         self,
@@ -98,58 +98,71 @@ class HLoRALinearMixin:
         )
 
 
-class HLoRAColumnParallelLinear(HLoRALinearMixin, ColumnParallelLinear):
-    """`ColumnParallelLinear` (QKV, FC1) with H-LoRA."""
+class HLoRAColumnMixin(HLoRALinearMixin):
+    """The branch of a column-parallel linear (QKV, FC1); goes in front of the base class.
+
+    Args:
+        input_size, output_size: full (unsharded) features; `kwargs` go to the base class.
+        hlora_plugins: plugins by task.
+        hlora_layout: how the branch is cut.
+    """
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        output_size: int,
+        *,
         hlora_plugins: Mapping[Task, HLoRAPluginConfig],
         hlora_layout: BranchLayout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(input_size, output_size, **kwargs)
         self._add_plugins(
             hlora_plugins,
             hlora_layout,
-            input_size=self.input_size,
+            input_size=input_size,
             output_divisor=self.tp_group.size(),
             replicated="lora_p",
         )
+
+    def gathered_u(self, plugin: HLoRAPlugin, input_: torch.Tensor) -> torch.Tensor:
+        """u of all tokens, [s, b, sections, r], from the local ones of the linear's input, [s/T or s, b, in]."""
+        u = plugin.gate(plugin.project(input_), self._rng_context)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(u, group=self.tp_group)  # backward: reduce-scatter
+        return copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # backward: all-reduce
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s/T or s, b, in] to [s, b, out/T]."""
         plugin = self._active_plugin()
         if plugin is None:
             return super().forward(input_, *args, **kwargs)
-        u = plugin.gate(plugin.project(input_), self._rng_context)  # [s/T or s, b, sections, r]
-        if self.sequence_parallel:
-            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # backward: reduce-scatter
-        else:
-            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # backward: all-reduce
+        u = self.gathered_u(plugin, input_)
         output, bias = super().forward(input_, *args, **kwargs)
         return output + plugin.expand(u, self.tp_group.size()), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Base weight and bias sharded on axis 0, B on axis 0, P replicated."""
+        """Base weight and bias sharded on axis 0, P replicated, B on axis 0."""
         return self._sharded_state_dict({"weight": 0, "bias": 0}, prefix, sharded_offsets, metadata)
 
 
-class HLoRARowParallelLinear(HLoRALinearMixin, RowParallelLinear):
-    """`RowParallelLinear` (attention projection, FC2) with H-LoRA."""
+class HLoRARowMixin(HLoRALinearMixin):
+    """The branch of a row-parallel linear (attention projection, FC2); arguments as `HLoRAColumnMixin`."""
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        output_size: int,
+        *,
         hlora_plugins: Mapping[Task, HLoRAPluginConfig],
         hlora_layout: BranchLayout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(input_size, output_size, **kwargs)
         self._add_plugins(
             hlora_plugins,
             hlora_layout,
-            input_size=self.input_size_per_partition,
+            input_size=input_size // self.tp_group.size(),
             output_divisor=1,
             replicated="lora_b",
         )
@@ -171,3 +184,11 @@ class HLoRARowParallelLinear(HLoRALinearMixin, RowParallelLinear):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Base weight sharded on axis 1, P on axis 1, B replicated."""
         return self._sharded_state_dict({"weight": 1}, prefix, sharded_offsets, metadata)
+
+
+class HLoRAColumnParallelLinear(HLoRAColumnMixin, ColumnParallelLinear):
+    """`ColumnParallelLinear` (QKV, FC1) with H-LoRA."""
+
+
+class HLoRARowParallelLinear(HLoRARowMixin, RowParallelLinear):
+    """`RowParallelLinear` (attention projection, FC2) with H-LoRA."""
