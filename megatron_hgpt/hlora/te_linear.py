@@ -43,7 +43,7 @@ class _BF16EvaluationMixin(HLoRALinearMixin):
 
     def finish_init(self, quantization_config: Any) -> None:
         """GPTModel calls it on every linear; a quantisation of this layer that a user configures stands."""
-        super().finish_init(quantization_config)
+        super().finish_init(quantization_config)  # type: ignore[misc]  # the Transformer Engine class has it
         if quantization_config is None:
             self.te_quant_params = _FP8_WHILE_TRAINING
 
