@@ -43,9 +43,7 @@ def draw(name: str, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator_for(name, 7), dtype=torch.float64)
 
 
-def reference(
-    x: torch.Tensor, parts: tuple[int, ...], sections: int, groups: int, tp: int
-) -> dict[str, torch.Tensor]:
+def reference(x: torch.Tensor, parts: tuple[int, ...], sections: int, groups: int, tp: int) -> dict[str, torch.Tensor]:
     """The unsharded layer by the formula on x, with gradients of a fixed random projection of its output."""
     from megatron_hgpt.hlora.maths import hlora_delta
 

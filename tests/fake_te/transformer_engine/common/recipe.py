@@ -17,7 +17,8 @@ class DelayedScaling:
 class Float8CurrentScaling:
     """What `fp8_recipe: tensorwise` becomes."""
 
-    def __init__(self, *, fp8_format: Format) -> None:
+    def __init__(self, *, fp8_format: Format, fp8_dpa: bool = False, fp8_mha: bool = False) -> None:
+        assert not fp8_dpa and not fp8_mha, "attention computes in bf16"
         self.fp8_format = fp8_format
 
 

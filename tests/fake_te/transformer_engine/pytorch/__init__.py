@@ -94,6 +94,8 @@ class _Linear(nn.Module):
 class Linear(_Linear):
     """y, or (y, bias) with `return_bias`."""
 
+    save_original_input = False  # megatron.core sets it on the attention projection in FP8
+
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         """[…, in] to […, out]."""
         y = self._multiply(inp)
