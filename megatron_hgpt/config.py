@@ -93,7 +93,7 @@ class ModelConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hlora: HLoRAConfig = field(default_factory=HLoRAConfig)
     transformer_impl: str = "auto"
-    """Layers of the language model: local, transformer_engine (a package, on a GPU), or auto: the latter where it runs."""
+    """Layers of the language model: local, transformer_engine (needs a GPU), or auto: the latter where it runs."""
     transformer_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core's TransformerConfig set verbatim (an unknown name is refused)."""
 

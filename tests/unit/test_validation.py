@@ -58,7 +58,7 @@ def test_the_base_of_these_tests_is_valid() -> None:
         (1, ["training.num_steps=0"], "training.num_steps=0 must be positive"),
         (1, ["training.num_steps=null", "training.num_epochs=-1"], "training.num_epochs=-1.0 must be positive"),
         (1, ["training.precision=fp16"], "training.precision='fp16' is unknown; use one of bf16, fp32, fp8"),
-        (1, ["model.transformer_impl=te"], "model.transformer_impl='te' is unknown; use one of auto, local, transformer_"),
+        (1, ["model.transformer_impl=te"], "model.transformer_impl='te' is unknown; use one of auto, local, tra"),
         (
             1,
             ["training.precision=fp8", "model.transformer_impl=local"],
