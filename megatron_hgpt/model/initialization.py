@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_hgpt.model.names import unfused_name
-
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
 
@@ -56,9 +54,10 @@ def initialize_by_name(model: HealthGPT, *, seed: int, include_backbone: bool) -
 
 
 def canonical_name(name: str, layer_offset: int) -> str:
-    """The name as an unsharded model of local layers has it: layers are numbered through all pipeline stages."""
-    name = unfused_name(name.removeprefix("module."))
-    return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + layer_offset), name)
+    """The name as an unsharded model has it: layers are numbered through all pipeline stages."""
+    return re.sub(
+        r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + layer_offset), name.removeprefix("module.")
+    )
 
 
 def _draw(name: str, shape: list[int], generator: torch.Generator, is_added: bool, model: HealthGPT) -> torch.Tensor:
