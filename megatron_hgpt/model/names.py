@@ -1,7 +1,7 @@
 """Names of the language model's parameters: two layer specs, one set of names for files.
 
 Transformer Engine's column-parallel linear holds the norm in front of it. Everything that outlives a process goes by
-the local spec's names: Hugging Face import and export, keys in checkpoints. (Initialisation needs none: norms start at one.)
+the local spec's names: Hugging Face import and export, keys in checkpoints.
 
     Transformer Engine                               local, and in files
     self_attention.linear_qkv.layer_norm_weight      input_layernorm.weight
