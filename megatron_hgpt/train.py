@@ -13,7 +13,7 @@ from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import PathParameters, TrainState
 from megatron_hgpt.stages import resolve_stage
-from megatron_hgpt.validation import global_batch_size, validate
+from megatron_hgpt.validation import global_batch_size, sequence_multiple, validate
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def main(config: RunConfig) -> None:
             dp_size=context.dp_size,
             tasks=stage.tasks,
             global_batch_size=batch_size,
-            pad_to_multiple=context.tp_size if config.parallel.sequence_parallel else 1,
+            pad_to_multiple=sequence_multiple(config.parallel),
         )
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
@@ -116,11 +116,10 @@ def _image_sampler(
 
     if config.logging.sample_images_interval_steps <= 0 or not config.model.vq.path:
         return None
-    if context.pp_size > 1:
+    if context.pp_size > 1 or context.cp_size > 1:
         logger.warning(
-            "sample images need the whole model on every rank and are off with pipeline_model_parallel_size=%d; "
-            "tools/generate.py draws from any checkpoint of this run",
-            context.pp_size,
+            "sample images need the whole model and sequence on every rank and are off with pipeline or context "
+            "parallelism; tools/generate.py draws from any checkpoint of this run"
         )
         return None
     return image_sampler(config, model, tokenizer, context)

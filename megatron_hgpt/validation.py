@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
+from megatron_hgpt.config import HLoRAPluginConfig, ParallelConfig, RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.data.samples import TASKS, Task
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
@@ -46,6 +46,7 @@ _AT_LEAST = {
     "optimizer.clip_grad": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
+    "parallel.context_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.tensor_model_parallel_size": 1,
     "training.seed": 0,
@@ -92,6 +93,13 @@ def global_batch_size(config: RunConfig) -> int:
     return resolve_stage(config.training).global_batch_size if configured is None else configured
 
 
+def sequence_multiple(parallel: ParallelConfig) -> int:
+    """What sequence lengths are padded to a multiple of, for the ranks that share a sequence."""
+    context = parallel.context_parallel_size
+    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return tensor if context == 1 else math.lcm(2 * context, context * tensor)
+
+
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[str]:
     if value not in allowed:
         yield f"{field}={value!r} is unknown; use one of {', '.join(str(item) for item in allowed)}"
@@ -114,8 +122,6 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
             f"model.max_seq_length={model.max_seq_length} exceeds the backbone's max_position_embeddings="
             f"{shape.max_positions}; lower it"
         )
-    if parallel.context_parallel_size != 1:
-        yield f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported by this version; use 1"
     yield from _pipeline_problems(config, shape.num_layers)
     check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
@@ -156,7 +162,31 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     missing = [task.value for task in stage.tasks if config.data.mixture and task.value not in config.data.mixture]
     if missing:
         yield f"data.mixture has no weight for {missing[0]}, which {training.stage} trains; 0 leaves it out"
+    yield from _packing_problems(config)
     _check_megatron_overrides(config, shape)
+
+
+def _packing_problems(config: RunConfig) -> Iterator[str]:
+    data, longest = config.data, config.model.max_seq_length
+    yield from _one_of("data.packing", data.packing, ("none", "by_task", "mixed"))
+    if data.packing == "none":
+        if data.pack_length is not None:
+            yield f"data.pack_length={data.pack_length} has no effect without packing; set data.packing or remove it"
+        return
+    if config.training.micro_batch_size != 1:
+        yield (
+            f"training.micro_batch_size={config.training.micro_batch_size} must be 1 with data.packing={data.packing}: "
+            "a packed row is a micro-batch; raise data.pack_length to make it larger"
+        )
+    if data.pack_length is not None and data.pack_length < longest:
+        yield f"data.pack_length={data.pack_length} is below model.max_seq_length={longest}; raise it"
+    if config.parallel.context_parallel_size > 1:
+        yield (
+            f"data.packing={data.packing} cannot be shared by parallel.context_parallel_size="
+            f"{config.parallel.context_parallel_size} ranks; use one of the two"
+        )
+    if data.packing == "mixed" and data.mixture:
+        yield "data.mixture weighs micro-batches of one task; with data.packing=mixed remove it, or pack by_task"
 
 
 def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
@@ -337,6 +367,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"tensor parallel size            {config.parallel.tensor_model_parallel_size}"
         f"{' with sequence parallelism' if config.parallel.sequence_parallel else ''}",
         f"pipeline parallel size          {_pipeline(config)}",
+        f"context parallel size           {config.parallel.context_parallel_size}",
         f"data parallel size              {dp_size}",
         f"samples per optimizer step      {total}",
         f"micro-batches per rank          {total // (micro * dp_size)} of {micro} samples",

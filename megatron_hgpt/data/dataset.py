@@ -84,6 +84,10 @@ class VLDataset:
         """uint8 [n]: `Task.code` of each sample."""
         return self._reader.tasks
 
+    def lengths(self, num_image_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [n]: tokens of each sample once every image stands for `num_image_tokens`."""
+        return self._reader.num_tokens + self._reader.num_images * (num_image_tokens - 1)
+
     def __len__(self) -> int:
         return len(self._reader)
 

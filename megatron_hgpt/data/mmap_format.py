@@ -270,6 +270,18 @@ class DatasetReader:
         """Encoded picture files of sample `index`, in order."""
         return [image.tobytes() for image in self._document("images", index)]
 
+    @property
+    def num_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [n]: stored tokens of each sample, from the index alone."""
+        return np.asarray(self._streams["tokens"].sequence_lengths, dtype=np.int64)
+
+    @property
+    def num_images(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [n]: pictures of each sample, from the index alone."""
+        if "images" not in self._streams:
+            return np.zeros(self._num_samples, dtype=np.int64)
+        return np.diff(self._streams["images"].document_indices).astype(np.int64)
+
     def sample_id(self, index: int) -> str:
         """Id of sample `index`."""
         parts = self._document("sample_ids", index)

@@ -23,6 +23,7 @@ from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config
+from megatron_hgpt.model.context_parallel import shard
 from megatron_hgpt.model.language_model import Backbone
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.stages import group_of
@@ -95,10 +96,10 @@ class HealthGPT(MegatronModule):
     def image_features(self, pixel_values: torch.Tensor, task: Task) -> torch.Tensor:
         """Adapted features [n, p, h] of images [n, 3, height, width].
 
-        The frozen tower computes each image once: the images are split over the tensor-parallel ranks and the
-        features gathered. The adapter then runs on all of them, alike on every rank.
+        The frozen tower computes each image once: the images are split over the tensor- and context-parallel ranks
+        and the features gathered. The adapter then runs on all of them, alike on every rank.
         """
-        group = self.pg_tp
+        group = parallel_state.get_tensor_and_context_parallel_group()
         size, rank = group.size(), group.rank()
         pixel_values = pixel_values.to(self.config.params_dtype)
         if size == 1:
@@ -149,11 +150,17 @@ class HealthGPT(MegatronModule):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Losses of the supervised positions [m], fp32, in (token, sample) order; hidden states before the last stage.
 
-        Every pipeline stage is given the whole micro-batch: its task decides the plugin everywhere.
+        Every pipeline stage is given the whole micro-batch: its task decides the plugin everywhere. Context-parallel
+        ranks each return the losses at their own positions.
         """
+        routing = TaskRouting.of_batch(batch)
+        features = self._features_of(batch) if self.pre_process else None
+        context = parallel_state.get_context_parallel_group()
+        if context.size() > 1:
+            batch, index = shard(batch, context.rank(), context.size())
+            features = None if features is None else features.flatten(0, 1)[index].unsqueeze(1)
         embedded = None
         if self.pre_process:
-            features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
             embedded = self.embed(batch.tokens, batch.position_ids, batch.image_mask, features)
         return self.language_model(
             input_ids=batch.tokens,
@@ -161,8 +168,23 @@ class HealthGPT(MegatronModule):
             attention_mask=None,
             decoder_input=embedded,
             labels=batch.labels,
-            packed_seq_params=TaskRouting.of(batch.task, batch.tokens.shape[1]),
+            packed_seq_params=routing,
         )
+
+    def _features_of(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Adapted features [n, p, h] of the micro-batch's images, each at the depth of its sample's task."""
+        if not batch.pixel_values.shape[0]:
+            return None
+        if batch.task is not None:
+            return self.image_features(batch.pixel_values, batch.task)
+        parts, places = [], []
+        for task in batch.tasks:
+            mine = [i for i, image_task in enumerate(batch.image_tasks) if image_task is task]
+            if mine:
+                parts.append(self.image_features(batch.pixel_values[mine], task))
+                places += mine
+        order = torch.tensor(places, device=batch.pixel_values.device).argsort()
+        return torch.cat(parts)[order]
 
     def decode(
         self,
