@@ -147,6 +147,9 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if "new_rows" in stage.trainable and config.optimizer.weight_decay:
         yield "optimizer.weight_decay must be 0 while training.new_rows=rows: it would shrink the frozen rows"
     yield from _vision_problems(config, stage)
+    cache = config.data.feature_cache
+    if cache is not None and (not cache or cache.startswith(".") or Path(cache).name != cache):
+        yield f"data.feature_cache={cache!r} must be the plain name of a sub-folder of each dataset folder"
     for name, weight in config.data.mixture.items():
         yield from _one_of("data.mixture", name, tuple(task.value for task in TASKS))
         if not (math.isfinite(weight) and weight >= 0):
@@ -299,6 +302,8 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
         for value in getattr(data, name):
             if not (Path(value) / "manifest.json").is_file():
                 yield f"data.{name}: {value} holds no manifest.json; write it with tools/preprocess_vl_health.py"
+            elif data.feature_cache and not (Path(value) / data.feature_cache / "manifest.json").is_file():
+                yield f"data.feature_cache: {value} has no {data.feature_cache}; write it with tools/cache_features.py"
     for value in config.checkpoint.init_from:
         if not Path(value).exists():
             yield f"checkpoint.init_from: {value} does not exist; train the earlier stage first"

@@ -24,7 +24,9 @@ class ExpandedSample:
     image_mask: torch.Tensor
     """bool [t]."""
     pixel_values: list[torch.Tensor]
-    """float32 [3, H, W] of each picture whose features are in `tokens`."""
+    """float32 [3, H, W] of each picture whose features are in `tokens`; empty where they come from the cache."""
+    features: list[torch.Tensor]
+    """[p, c] of each such picture from the feature cache; empty without one."""
     is_truncated: bool
 
 
@@ -74,6 +76,7 @@ def expand_sample(
         labels=labels,
         image_mask=image_mask,
         pixel_values=[clip_preprocess(image, image_size) for image in sample.images[:num_images]],
+        features=sample.features[:num_images],
         is_truncated=is_truncated,
     )
 
@@ -104,6 +107,7 @@ def collate(
 
     labels = stack([row.labels for row in rows], IGNORE_INDEX)
     pixels = [picture for row in rows for picture in row.pixel_values]
+    features = [picture for row in rows for picture in row.features]
     return MicroBatch(
         task=tasks.pop(),
         tokens=stack([row.tokens for row in rows], 0),
@@ -114,4 +118,5 @@ def collate(
         sample_ids=[row.sample_id for row in rows],
         num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         num_content_tokens=sum(len(row.tokens) for row in rows),
+        image_features=torch.stack(features) if features else None,
     )

@@ -28,6 +28,7 @@ import numpy as np
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.collate import ExpandedSample, collate, expand_sample, splice_images
 from megatron_hgpt.data.dataset import VLDataset
+from megatron_hgpt.data.feature_cache import open_caches
 from megatron_hgpt.data.samples import EncodedSample, MicroBatch, Task
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
 from megatron_hgpt.model.vocabulary import Vocabulary
@@ -273,7 +274,13 @@ def _shares(tasks: Sequence[Task], mixture: dict[str, float]) -> dict[Task, Frac
 
 
 def _open_source(
-    config: RunConfig, folders: Sequence[str], *, tokenizer_hash: str, num_image_tokens: int, image_size: int
+    config: RunConfig,
+    folders: Sequence[str],
+    *,
+    tokenizer_hash: str,
+    num_image_tokens: int,
+    image_size: int,
+    tasks: Sequence[Task],
 ) -> SampleSource:
     datasets = [
         VLDataset(
@@ -283,8 +290,9 @@ def _open_source(
             template=config.model.template,
             system_prompt=config.model.system_prompt,
             num_indices=config.model.vq.num_indices,
+            features=features,
         )
-        for folder in folders
+        for folder, features in zip(folders, open_caches(config, folders, tasks), strict=True)
     ]
     return SampleSource(
         datasets,
@@ -320,6 +328,7 @@ def build_loader(
         tokenizer_hash=tokenizer_hash,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
+        tasks=tasks,
     )
     return TrainLoader(
         source,
@@ -366,6 +375,7 @@ def build_validation_batches(
         tokenizer_hash=tokenizer_hash,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
+        tasks=tasks,
     )
     size = config.training.micro_batch_size
     for task in tasks:

@@ -270,6 +270,24 @@ class DatasetReader:
         """Encoded picture files of sample `index`, in order."""
         return [image.tobytes() for image in self._document("images", index)]
 
+    @property
+    def num_images(self) -> int:
+        """Images of all samples."""
+        return len(self._streams["images"]) if "images" in self._streams else 0
+
+    def image_numbers(self, index: int) -> range:
+        """Where the images of sample `index` stand among those of all samples, in order."""
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        if "images" not in self._streams:
+            return range(0)
+        ends = self._streams["images"].document_indices
+        return range(int(ends[index]), int(ends[index + 1]))
+
+    def image(self, number: int) -> bytes:
+        """Encoded picture file of image `number` of all samples."""
+        return self._streams["images"][number].tobytes()
+
     def sample_id(self, index: int) -> str:
         """Id of sample `index`."""
         parts = self._document("sample_ids", index)

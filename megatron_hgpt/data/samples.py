@@ -77,7 +77,9 @@ class EncodedSample:
     loss_mask: torch.Tensor
     """bool [t]: True where the token itself is supervised (is predicted and counts in the loss)."""
     images: list[Any]
-    """Input images (PIL, RGB) in order."""
+    """Input images (PIL, RGB) in order; empty where `features` stand for them."""
+    features: list[torch.Tensor] = field(default_factory=list)
+    """[p, c] of each input image, read from the feature cache at the task's depth."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,6 +102,8 @@ class MicroBatch:
     """Positions with a label, in this micro-batch."""
     num_content_tokens: int
     """Positions that hold text, image features or VQ tokens: b * s less the padding."""
+    image_features: torch.Tensor | None = None
+    """[n, p, c] from the feature cache, of `task`'s depth; then pixel_values is empty and the tower is not run."""
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy with every tensor on `device`."""
@@ -110,4 +114,5 @@ class MicroBatch:
             position_ids=self.position_ids.to(device),
             image_mask=self.image_mask.to(device),
             pixel_values=self.pixel_values.to(device),
+            image_features=None if self.image_features is None else self.image_features.to(device),
         )

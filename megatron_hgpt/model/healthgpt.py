@@ -44,6 +44,7 @@ class HealthGPT(MegatronModule):
         pre_process: holds tower, adapters and embedding: the first stage.
         post_process: holds the final norm and the head: the last stage.
         vp_stage: number of the chunk under the interleaved schedule.
+        with_tower: False where every micro-batch carries features from the cache.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class HealthGPT(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        with_tower: bool = True,
     ) -> None:
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
@@ -66,12 +68,15 @@ class HealthGPT(MegatronModule):
         self.vocabulary = Vocabulary.from_config(config.model)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.adapters = nn.ModuleDict()
+        self.tower: HVPTower | None = None
         if pre_process:
-            self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
-            self.tower.to(device=device, dtype=transformer.params_dtype)
+            if with_tower:
+                self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
+                self.tower.to(device=device, dtype=transformer.params_dtype)
+            width = self.tower.hidden_size if self.tower is not None else config.model.vision.hf_config["hidden_size"]
             for task in plugins or TASKS:
                 self.adapters[task.value] = VisionAdapter(
-                    self.tower.hidden_size, shape.hidden_size, dtype=transformer.params_dtype, device=device
+                    width, shape.hidden_size, dtype=transformer.params_dtype, device=device
                 )
         self.language_model = Backbone(
             transformer,
@@ -97,7 +102,12 @@ class HealthGPT(MegatronModule):
 
         The frozen tower computes each image once: the images are split over the tensor-parallel ranks and the
         features gathered. The adapter then runs on all of them, alike on every rank.
+
+        Raises:
+            DataError: the model was built without its tower.
         """
+        if self.tower is None:
+            raise DataError("pictures reached a model without its tower; unset data.feature_cache, or use it for them")
         group = self.pg_tp
         size, rank = group.size(), group.rank()
         pixel_values = pixel_values.to(self.config.params_dtype)
@@ -112,6 +122,12 @@ class HealthGPT(MegatronModule):
             torch.distributed.all_gather_into_tensor(gathered, mine, group=group)
             features = gathered[:num_images]
         return self.adapters[task.value](features)
+
+    def _features_of(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Adapted features [n, p, h] of a micro-batch, from the cache or through the tower; None without images."""
+        if batch.image_features is not None:
+            return self.adapters[batch.task.value](batch.image_features.to(self.config.params_dtype))
+        return self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
 
     @property
     def layer_offset(self) -> int:
@@ -153,8 +169,7 @@ class HealthGPT(MegatronModule):
         """
         embedded = None
         if self.pre_process:
-            features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
-            embedded = self.embed(batch.tokens, batch.position_ids, batch.image_mask, features)
+            embedded = self.embed(batch.tokens, batch.position_ids, batch.image_mask, self._features_of(batch))
         return self.language_model(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
@@ -224,7 +239,11 @@ def build_model(
 
 
 def build_model_chunks(
-    config: RunConfig, device: torch.device, *, dropout: dict[Task, float | None] | None = None
+    config: RunConfig,
+    device: torch.device,
+    *,
+    dropout: dict[Task, float | None] | None = None,
+    with_tower: bool = True,
 ) -> list[HealthGPT]:
     """This pipeline stage's part of a HealthGPT, initialised (by name) and, where folders are given, loaded.
 
@@ -232,6 +251,7 @@ def build_model_chunks(
         config: the run's configuration.
         device: where parameters live.
         dropout: H-LoRA dropout per task that overrides the plugins' own (a stage's choice).
+        with_tower: False leaves the tower out: micro-batches carry features from the cache.
 
     Returns:
         One model, or one per virtual pipeline stage.
@@ -254,6 +274,7 @@ def build_model_chunks(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
+            with_tower=with_tower,
         )
         _fill(model, config)
         chunks.append(model.to(device))
