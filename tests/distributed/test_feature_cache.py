@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_hgpt.config import DataConfig, ParallelConfig, TrainingConfig
+from megatron_hgpt.config import DataConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.data.mmap_format import DatasetWriter
@@ -30,6 +30,13 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "TP2 + SP": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
 }
+
+
+def configure(backbone: Path, folder: Path, **sections: Any) -> RunConfig:
+    """The tiny run with a third block in the tower, so that the tasks read different depths: 2 and 1."""
+    config = tiny_config(backbone, folder, **sections)
+    config.model.vision.hf_config["num_hidden_layers"] = 3
+    return config
 
 
 def write_dataset(folder: Path) -> Path:
@@ -61,12 +68,12 @@ def write_dataset(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A backbone; and a dataset with its fp32 cache, and one of the wrong depths that claims to be right."""
+    """A backbone; and a dataset with its fp32 cache, and one of swapped depths that claims to be right."""
     root = tmp_path_factory.mktemp("prepared")
     backbone, dataset = write_backbone(root / "backbone"), write_dataset(root / "data")
-    vision = tiny_config(backbone, root).model.vision
+    vision = configure(backbone, root).model.vision
     right = (vision.comprehension_hidden_state, vision.generation_hidden_state)
-    for name, depths in (("features", right), ("wrong", (2, 2))):
+    for name, depths in (("features", right), ("wrong", right[::-1])):
         vision.comprehension_hidden_state, vision.generation_hidden_state = depths
         options = CacheOptions(precision="fp32", dtype="fp32", batch_size=4)
         tower = HVPTower.from_config(vision, TASKS)
@@ -94,7 +101,7 @@ def train(backbone: Path, dataset: Path, folder: Path, parallel: ParallelConfig,
             stage=stage_name, num_steps=3, precision="fp32", micro_batch_size=2, global_batch_size=8
         )
         data = DataConfig(train=[str(dataset)], feature_cache=cache, num_workers=0)
-        config = tiny_config(backbone, folder, parallel=parallel, training=training, data=data)
+        config = configure(backbone, folder, parallel=parallel, training=training, data=data)
         stage = resolve_stage(training)
         (model,) = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=cache is None)
         assert (model.tower is None) == (cache is not None or not model.pre_process)
@@ -140,7 +147,7 @@ def pictures_without_a_tower(backbone: Path, folder: Path) -> str:
     from megatron_hgpt.testing.models import make_micro_batch
 
     context = distributed.initialize(ParallelConfig(), seed=1)
-    (model,) = build_model_chunks(tiny_config(backbone, folder), context.device, with_tower=False)
+    (model,) = build_model_chunks(configure(backbone, folder), context.device, with_tower=False)
     try:
         model(make_micro_batch("a", Task.COMPREHENSION))
     except DataError as error:
