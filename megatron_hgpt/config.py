@@ -152,6 +152,8 @@ class DataConfig:
     shuffle: bool = True
     num_workers: int = 2
     """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
+    feature_cache: str | None = None
+    """Sub-folder of every dataset folder with the tower's features (tools/cache_features.py); None runs the tower."""
 
 
 @dataclass(kw_only=True, slots=True)

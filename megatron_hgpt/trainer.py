@@ -51,9 +51,7 @@ class GradientAudit:
         if not self._waiting:
             return
         tasks = {task for batch in batches for task in batch.tasks}
-        with_images = {
-            task for batch in batches if len(batch.pixel_values) for task in (batch.image_tasks or batch.tasks)
-        }
+        with_images = {task for batch in batches if batch.num_images for task in (batch.image_tasks or batch.tasks)}
         due = [
             name
             for name, task in self._waiting.items()

@@ -25,7 +25,9 @@ class ExpandedSample:
     image_mask: torch.Tensor
     """bool [t]."""
     pixel_values: list[torch.Tensor]
-    """float32 [3, H, W] of each picture whose features are in `tokens`."""
+    """float32 [3, H, W] of each picture whose features are in `tokens`; empty where they come from the cache."""
+    features: list[torch.Tensor]
+    """[p, c] of each such picture from the feature cache; empty without one."""
     is_truncated: bool
 
 
@@ -75,6 +77,7 @@ def expand_sample(
         labels=labels,
         image_mask=image_mask,
         pixel_values=[clip_preprocess(image, image_size) for image in sample.images[:num_images]],
+        features=sample.features[:num_images],
         is_truncated=is_truncated,
     )
 
@@ -113,6 +116,7 @@ def collate(
         sample_ids=[row.sample_id for row in rows],
         num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         num_content_tokens=sum(len(row.tokens) for row in rows),
+        image_features=_features(rows),
     )
 
 
@@ -138,6 +142,7 @@ def collate_packed(
         return torch.nn.functional.pad(torch.cat(parts), (0, length - num_content_tokens), value=fill).unsqueeze(0)
 
     is_mixed = len(set(tasks)) > 1
+    image_tasks = tuple(task for task, row in zip(tasks, rows, strict=True) for _ in (row.pixel_values or row.features))
     codes = torch.tensor([task.code for task in tasks], dtype=torch.uint8)
     labels = join([row.labels for row in rows], IGNORE_INDEX)
     return MicroBatch(
@@ -147,9 +152,8 @@ def collate_packed(
         position_ids=torch.cat([torch.arange(span) for span in spans]).unsqueeze(0),
         image_mask=join([row.image_mask for row in rows], 0),
         pixel_values=_pixels(rows, image_size),
-        image_tasks=tuple(task for task, row in zip(tasks, rows, strict=True) for _ in row.pixel_values)
-        if is_mixed
-        else (),
+        image_features=_features(rows),
+        image_tasks=image_tasks if is_mixed else (),
         token_tasks=codes.repeat_interleave(torch.tensor(spans)).unsqueeze(0) if is_mixed else None,
         boundaries=boundaries,
         sample_ids=[row.sample_id for row in rows],
@@ -166,3 +170,9 @@ def _pixels(rows: Sequence[ExpandedSample], image_size: int) -> torch.Tensor:
     """All pictures [n, 3, image_size, image_size], in order."""
     pixels = [picture for row in rows for picture in row.pixel_values]
     return torch.stack(pixels) if pixels else torch.empty(0, 3, image_size, image_size)
+
+
+def _features(rows: Sequence[ExpandedSample]) -> torch.Tensor | None:
+    """Cached features [n, p, c] of all pictures, in order; None without a cache."""
+    features = [picture for row in rows for picture in row.features]
+    return torch.stack(features) if features else None

@@ -17,23 +17,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.collate import ExpandedSample, collate, collate_packed, expand_sample, splice_images
-from megatron_hgpt.data.dataset import VLDataset
-from megatron_hgpt.data.packing import Indices, pack
+from megatron_hgpt.data.collate import ExpandedSample, collate, collate_packed, splice_images
+from megatron_hgpt.data.packing import Indices, packed_rows
 from megatron_hgpt.data.samples import EncodedSample, MicroBatch, Task
+from megatron_hgpt.data.source import SampleSource, open_source
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
-from megatron_hgpt.model.vocabulary import Vocabulary
 
 __all__ = ["TrainLoader", "build_loader", "build_validation_batches", "splice_images"]
 
@@ -62,39 +59,6 @@ class TaskSchedule:
 
     def _num_first(self, length: int) -> int:
         return int(length * self._first_share + Fraction(1, 2))  # rounding: exact at whole epochs, no drift
-
-
-class SampleSource:
-    """Samples of several folders as one sequence, expanded for the model; unusable ones raise `SkipSample`."""
-
-    def __init__(
-        self, datasets: Sequence[VLDataset], *, num_image_tokens: int, image_size: int, max_seq_length: int
-    ) -> None:
-        self._datasets = list(datasets)
-        self._ends = list(accumulate(len(dataset) for dataset in datasets))
-        self._expand = functools.partial(
-            expand_sample, num_image_tokens=num_image_tokens, image_size=image_size, max_seq_length=max_seq_length
-        )
-        self.image_size = image_size
-        # An over-long sample is cut to max_seq_length: no sample takes more room.
-        self.lengths = np.concatenate([dataset.lengths(num_image_tokens) for dataset in datasets]).clip(
-            max=max_seq_length
-        )
-        self.tasks = np.concatenate([dataset.tasks for dataset in datasets])
-
-    def load(self, index: int) -> tuple[EncodedSample, ExpandedSample]:
-        """Sample `index` over all folders.
-
-        Raises:
-            SkipSample: it cannot be used.
-        """
-        folder = bisect_right(self._ends, index)
-        stored = self._datasets[folder][index - (self._ends[folder - 1] if folder else 0)]
-        return stored, self._expand(stored)
-
-    def members(self, task: Task) -> Indices:
-        """Indices of the samples of one task."""
-        return np.flatnonzero(self.tasks == task.code)
 
 
 class TrainLoader:
@@ -155,7 +119,7 @@ class TrainLoader:
         self._rows: dict[Task | None, list[Indices]] = {}
         self._members: dict[Task | None, Indices] = dict(samples.items())
         if packing != "none":
-            self._rows = _packed_rows(source, samples, mixed=packing == "mixed", capacity=pack_length, seed=seed)
+            self._rows = packed_rows(samples, source.lengths, mixed=packing == "mixed", capacity=pack_length, seed=seed)
             self._members = {task: np.arange(len(rows)) for task, rows in self._rows.items()}
         self._per_epoch = {task: -(-len(members) // micro_batch_size) for task, members in self._members.items()}
         self._schedule = TaskSchedule(
@@ -293,31 +257,6 @@ class TrainLoader:
         raise DataError(f"{num_tries} samples in a row cannot be used ({dict(counts)}); check the dataset folders")
 
 
-def _packed_rows(
-    source: SampleSource, samples: dict[Task, Indices], *, mixed: bool, capacity: int, seed: int
-) -> dict[Task | None, list[Indices]]:
-    """Rows of sample indices, per task or (under None) of both together; says what packing saves."""
-    groups: dict[Task | None, Indices] = {None: np.concatenate(list(samples.values()))} if mixed else dict(samples.items())
-    result: dict[Task | None, list[Indices]] = {}
-    for task, members in groups.items():
-        lengths = source.lengths[members]
-        result[task] = [members[row] for row in pack(lengths, capacity, seed=seed)]
-        positions = len(result[task]) * capacity
-        logger.info(
-            "packing (%s): %d samples of %d tokens (median) in %d rows of at most %d; rows are %.1f %% full, and "
-            "padding every sample to %d would take %.1f x the positions",
-            "both tasks" if task is None else task.value,
-            len(members),
-            np.median(lengths),
-            len(result[task]),
-            capacity,
-            100 * lengths.sum() / positions,
-            capacity,
-            len(members) * capacity / positions,
-        )
-    return result
-
-
 def _shares(tasks: Sequence[Task], mixture: dict[str, float]) -> dict[Task, Fraction | None]:
     """Task -> weight (None: by its samples), for the tasks to draw from.
 
@@ -337,28 +276,6 @@ def _shares(tasks: Sequence[Task], mixture: dict[str, float]) -> dict[Task, Frac
     if not any(shares.values()):
         raise ConfigError(f"data.mixture gives weight 0 to all of {[task.value for task in tasks]}; raise one")
     return {task: share for task, share in shares.items() if share > 0}
-
-
-def _open_source(
-    config: RunConfig, folders: Sequence[str], *, tokenizer_hash: str, num_image_tokens: int, image_size: int
-) -> SampleSource:
-    datasets = [
-        VLDataset(
-            folder,
-            vocabulary=Vocabulary.from_config(config.model),
-            tokenizer_hash=tokenizer_hash,
-            template=config.model.template,
-            system_prompt=config.model.system_prompt,
-            num_indices=config.model.vq.num_indices,
-        )
-        for folder in folders
-    ]
-    return SampleSource(
-        datasets,
-        num_image_tokens=num_image_tokens,
-        image_size=image_size,
-        max_seq_length=config.model.max_seq_length,
-    )
 
 
 def build_loader(
@@ -381,12 +298,13 @@ def build_loader(
     """
     if not config.data.train:
         raise DataError("data.train names no dataset folder; write one with tools/preprocess_vl_health.py")
-    source = _open_source(
+    source = open_source(
         config,
         config.data.train,
         tokenizer_hash=tokenizer_hash,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
+        tasks=tasks,
     )
     return TrainLoader(
         source,
@@ -429,12 +347,13 @@ def build_validation_batches(
     """
     if not config.data.validation:
         return
-    source = _open_source(
+    source = open_source(
         config,
         config.data.validation,
         tokenizer_hash=tokenizer_hash,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
+        tasks=tasks,
     )
     size = config.training.micro_batch_size
     for task in tasks:

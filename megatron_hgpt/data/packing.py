@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from typing import Any
 
 import numpy as np
 
+from megatron_hgpt.data.samples import Task
 from megatron_hgpt.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -49,3 +53,41 @@ def pack(lengths: Indices, capacity: int, *, seed: int) -> list[Indices]:
                 del available[place - 1]
         rows.append(np.array(row, dtype=np.int64))
     return rows
+
+
+def packed_rows(
+    samples: dict[Task, Indices], all_lengths: Indices, *, mixed: bool, capacity: int, seed: int
+) -> dict[Task | None, list[Indices]]:
+    """Rows of sample indices, per task or (under None) of both together; says what packing saves.
+
+    Args:
+        samples: of each task, as indices into `all_lengths`.
+        all_lengths: int64 [n], tokens of every sample.
+        mixed: whether a row may hold both tasks.
+        capacity: tokens of a row.
+        seed: of the order.
+
+    Raises:
+        ConfigError: a sample is longer than a row.
+    """
+    groups: dict[Task | None, Indices] = dict(samples.items())
+    if mixed:
+        groups = {None: np.concatenate(list(samples.values()))}
+    result: dict[Task | None, list[Indices]] = {}
+    for task, members in groups.items():
+        lengths = all_lengths[members]
+        result[task] = [members[row] for row in pack(lengths, capacity, seed=seed)]
+        positions = len(result[task]) * capacity
+        logger.info(
+            "packing (%s): %d samples of %d tokens (median) in %d rows of at most %d; rows are %.1f %% full, and "
+            "padding every sample to %d would take %.1f x the positions",
+            "both tasks" if task is None else task.value,
+            len(members),
+            np.median(lengths),
+            len(result[task]),
+            capacity,
+            100 * lengths.sum() / positions,
+            capacity,
+            len(members) * capacity / positions,
+        )
+    return result

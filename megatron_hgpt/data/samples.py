@@ -77,7 +77,9 @@ class EncodedSample:
     loss_mask: torch.Tensor
     """bool [t]: True where the token itself is supervised (is predicted and counts in the loss)."""
     images: list[Any]
-    """Input images (PIL, RGB) in order."""
+    """Input images (PIL, RGB) in order; empty where `features` stand for them."""
+    features: list[torch.Tensor] = field(default_factory=list)
+    """[p, c] of each input image, read from the feature cache at the task's depth."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,11 +109,18 @@ class MicroBatch:
     """Positions with a label, in this micro-batch."""
     num_content_tokens: int
     """Positions that hold text, image features or VQ tokens: b * s less the padding."""
+    image_features: torch.Tensor | None = None
+    """[n, p, c] from the feature cache, of `task`'s depth; then pixel_values is empty and the tower is not run."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks of the samples."""
         return TASKS if self.task is None else (self.task,)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the micro-batch, as pixels or as features."""
+        return len(self.pixel_values if self.image_features is None else self.image_features)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy with every tensor on `device`."""
@@ -123,4 +132,5 @@ class MicroBatch:
             image_mask=self.image_mask.to(device),
             pixel_values=self.pixel_values.to(device),
             token_tasks=None if self.token_tasks is None else self.token_tasks.to(device),
+            image_features=None if self.image_features is None else self.image_features.to(device),
         )

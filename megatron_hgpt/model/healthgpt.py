@@ -45,6 +45,7 @@ class HealthGPT(MegatronModule):
         pre_process: holds tower, adapters and embedding: the first stage.
         post_process: holds the final norm and the head: the last stage.
         vp_stage: number of the chunk under the interleaved schedule.
+        with_tower: False where every micro-batch carries features from the cache.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class HealthGPT(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        with_tower: bool = True,
     ) -> None:
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
@@ -67,12 +69,15 @@ class HealthGPT(MegatronModule):
         self.vocabulary = Vocabulary.from_config(config.model)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.adapters = nn.ModuleDict()
+        self.tower: HVPTower | None = None
         if pre_process:
-            self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
-            self.tower.to(device=device, dtype=transformer.params_dtype)
+            if with_tower:
+                self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
+                self.tower.to(device=device, dtype=transformer.params_dtype)
+            width = self.tower.hidden_size if self.tower is not None else config.model.vision.hf_config["hidden_size"]
             for task in plugins or TASKS:
                 self.adapters[task.value] = VisionAdapter(
-                    self.tower.hidden_size, shape.hidden_size, dtype=transformer.params_dtype, device=device
+                    width, shape.hidden_size, dtype=transformer.params_dtype, device=device
                 )
         self.language_model = Backbone(
             transformer,
@@ -98,7 +103,12 @@ class HealthGPT(MegatronModule):
 
         The frozen tower computes each image once: the images are split over the tensor- and context-parallel ranks
         and the features gathered. The adapter then runs on all of them, alike on every rank.
+
+        Raises:
+            DataError: the model was built without its tower.
         """
+        if self.tower is None:
+            raise DataError("pictures reached a model without its tower; unset data.feature_cache, or use it for them")
         group = parallel_state.get_tensor_and_context_parallel_group()
         size, rank = group.size(), group.rank()
         pixel_values = pixel_values.to(self.config.params_dtype)
@@ -112,7 +122,7 @@ class HealthGPT(MegatronModule):
             gathered = mine.new_empty(per_rank * size, *mine.shape[1:])
             torch.distributed.all_gather_into_tensor(gathered, mine, group=group)
             features = gathered[:num_images]
-        return self.adapters[task.value](features)
+        return self._adapt(features, task)
 
     @property
     def layer_offset(self) -> int:
@@ -172,19 +182,29 @@ class HealthGPT(MegatronModule):
         )
 
     def _features_of(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Adapted features [n, p, h] of the micro-batch's images, each at the depth of its sample's task."""
-        if not batch.pixel_values.shape[0]:
+        """Adapted features [n, p, h] of the micro-batch's images, each at the depth and with the adapter of its task.
+
+        Features from the cache need the adapter only. None without images.
+        """
+        cached = batch.image_features
+        images = batch.pixel_values if cached is None else cached.to(self.config.params_dtype)
+        adapt = self.image_features if cached is None else self._adapt
+        if not images.shape[0]:
             return None
         if batch.task is not None:
-            return self.image_features(batch.pixel_values, batch.task)
+            return adapt(images, batch.task)
         parts, places = [], []
         for task in batch.tasks:
             mine = [i for i, image_task in enumerate(batch.image_tasks) if image_task is task]
             if mine:
-                parts.append(self.image_features(batch.pixel_values[mine], task))
+                parts.append(adapt(images[mine], task))
                 places += mine
-        order = torch.tensor(places, device=batch.pixel_values.device).argsort()
+        order = torch.tensor(places, device=images.device).argsort()
         return torch.cat(parts)[order]
+
+    def _adapt(self, features: torch.Tensor, task: Task) -> torch.Tensor:
+        adapted: torch.Tensor = self.adapters[task.value](features)
+        return adapted
 
     def decode(
         self,
@@ -246,7 +266,11 @@ def build_model(
 
 
 def build_model_chunks(
-    config: RunConfig, device: torch.device, *, dropout: dict[Task, float | None] | None = None
+    config: RunConfig,
+    device: torch.device,
+    *,
+    dropout: dict[Task, float | None] | None = None,
+    with_tower: bool = True,
 ) -> list[HealthGPT]:
     """This pipeline stage's part of a HealthGPT, initialised (by name) and, where folders are given, loaded.
 
@@ -254,6 +278,7 @@ def build_model_chunks(
         config: the run's configuration.
         device: where parameters live.
         dropout: H-LoRA dropout per task that overrides the plugins' own (a stage's choice).
+        with_tower: False leaves the tower out: micro-batches carry features from the cache.
 
     Returns:
         One model, or one per virtual pipeline stage.
@@ -276,6 +301,7 @@ def build_model_chunks(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
+            with_tower=with_tower,
         )
         _fill(model, config)
         chunks.append(model.to(device))

@@ -114,6 +114,7 @@ def pack_micro_batches(batches: Sequence[MicroBatch], *, pad_to_multiple: int = 
                 labels=batch.labels[row, :length],
                 image_mask=batch.image_mask[row, :length],
                 pixel_values=[batch.pixel_values[row]],
+                features=[],
                 is_truncated=False,
             )
             stored = EncodedSample(

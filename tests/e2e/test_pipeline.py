@@ -88,6 +88,23 @@ def test_packing_fills_rows_of_2048_with_real_content(packing: str, demo: Path, 
         assert step["num_tokens"] > 0.9 * 2 * 2048 or step["num_samples"] < 8  # a last, smaller row
 
 
+@pytest.mark.parametrize("samples", ["0", "3"], ids=["without the tower", "with sample pictures"])
+def test_cached_features_give_the_same_losses(samples: str, demo: Path, tmp_path: Path) -> None:
+    run(sys.executable, ROOT / "tools" / "cache_features.py", "--config", demo / "stage3.yaml")
+    run(
+        "bash", ROOT / "examples" / "pretrain_hgpt.sh", "--config", demo / "stage3.yaml", f"output_dir={tmp_path}",
+        "data.feature_cache=features", "training.num_steps=3", f"logging.sample_images_interval_steps={samples}",
+        "logging.num_sample_images=2", *SMALL,
+    )  # fmt: skip
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (demo / "stage3", tmp_path)
+    ]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(list((tmp_path / "samples").rglob("*.png"))) == (2 if samples == "3" else 0)
+
+
 def test_one_question_and_one_picture(demo: Path, tmp_path: Path) -> None:
     records = json.loads((demo / "assets" / "vl_health_mini" / "test.json").read_text())
     image = demo / "assets" / "vl_health_mini" / records[0]["image"]

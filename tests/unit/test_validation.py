@@ -8,9 +8,10 @@ import pytest
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import load_config
+from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.stages import STAGES
-from megatron_hgpt.validation import data_parallel_size, describe, global_batch_size, validate
+from megatron_hgpt.validation import data_parallel_size, global_batch_size, validate
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))

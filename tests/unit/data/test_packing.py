@@ -56,6 +56,7 @@ def _sample(task: Task, tokens: list[int], labels: list[int], num_images: int) -
         labels=torch.tensor(labels),
         image_mask=ids == 0,
         pixel_values=[torch.full((3, 2, 2), float(len(tokens)))] * num_images,
+        features=[],
         is_truncated=False,
     )
 
