@@ -14,7 +14,7 @@ TIMED = @start=$$(date +%s); trap 'echo "took $$(( $$(date +%s) - start )) s"' E
 .PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-deepspeed test-gpu lint clean
 
 help:
-	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 14 minutes)"
+	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 12 minutes)"
 	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
 	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
 	@echo "make test-slow      the tests that make test leaves out"

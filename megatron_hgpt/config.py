@@ -146,9 +146,16 @@ class DataConfig:
     """Held-out dataset folders; empty means no validation loss."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Task -> weight of its micro-batches; empty means in proportion to the samples of each task."""
+    packing: str = "none"
+    """none pads samples to the longest of their micro-batch; by_task packs samples of one task into rows; mixed packs
+    samples of both tasks together. A packed row is one micro-batch, and batch sizes count rows."""
+    pack_length: int | None = None
+    """Tokens of a packed row at most; None takes model.max_seq_length."""
     shuffle: bool = True
     num_workers: int = 2
     """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
+    feature_cache: str | None = None
+    """Sub-folder of every dataset folder with the tower's features (tools/cache_features.py); None runs the tower."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -44,7 +44,9 @@ def main(config: RunConfig) -> None:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.output_dir) / "resolved_config.yaml")
         logger.info(describe_choice(config.model, config.training))
-        models = build_model_chunks(config, context.device, dropout=dict(stage.dropout))
+        # With cached features only the sample pictures, drawn from pixels, still need the tower.
+        with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
+        models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
         trained = load_weights(models, config, config.checkpoint.init_from)
         trainable = freeze_except(models, stage.trainable)
         tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
@@ -110,19 +112,22 @@ def _path_parameters(config: RunConfig) -> PathParameters:
     return PathParameters(num_frozen=sum(on_path.values()) - trained, num_trained=trained)
 
 
+def _draws_samples(config: RunConfig) -> bool:
+    return config.logging.sample_images_interval_steps > 0 and bool(config.model.vq.path)
+
+
 def _image_sampler(
     config: RunConfig, model: Any, tokenizer: Any, context: DistributedContext
 ) -> Callable[[TrainState], list[tuple[str, Any]]] | None:
     """Draws the first held-out (or training) generation prompts; None where the run cannot decode images."""
     from megatron_hgpt.inference.samples import image_sampler
 
-    if config.logging.sample_images_interval_steps <= 0 or not config.model.vq.path:
+    if not _draws_samples(config):
         return None
-    if context.pp_size > 1:
+    if context.pp_size > 1 or context.cp_size > 1:
         logger.warning(
-            "sample images need the whole model on every rank and are off with pipeline_model_parallel_size=%d; "
-            "tools/generate.py draws from any checkpoint of this run",
-            context.pp_size,
+            "sample images need the whole model and sequence on every rank and are off with pipeline or context "
+            "parallelism; tools/generate.py draws from any checkpoint of this run"
         )
         return None
     return image_sampler(config, model, tokenizer, context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_hgpt.config import HLoRAPluginConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.data.samples import MicroBatch, Task
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hlora.attention import SDPACoreAttention
 from megatron_hgpt.hlora.linear import HLoRAColumnParallelLinear, HLoRALinearMixin, HLoRARowParallelLinear
@@ -42,12 +43,34 @@ class TaskRouting(PackedSeqParams):
     """The task of a micro-batch, travelling where Megatron carries packed-sequence parameters."""
 
     task: Task | None = None
-    """The plugin to run; None runs the bare backbone."""
+    """The plugin to run; None runs the bare backbone, or with `token_tasks` both."""
+    token_tasks: torch.Tensor | None = None
+    """uint8 [s]: `Task.code` of every token (unsharded), in a pack of both tasks."""
+    boundaries: tuple[int, ...] = ()
+    """`cu_seqlens_q` on the host: start of each packed sample, and s. Empty without packing."""
 
     @classmethod
     def of(cls, task: Task | None, sequence_length: int) -> TaskRouting:
         """Routing of an unpacked micro-batch; `sequence_length` (tokens, unsharded) sizes the rotary table."""
         return cls(task=task, max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length)
+
+    @classmethod
+    def of_batch(cls, batch: MicroBatch) -> TaskRouting:
+        """Routing of a micro-batch, packed (Megatron's thd format, one row) or not."""
+        if not batch.boundaries:
+            return cls.of(batch.task, batch.tokens.shape[1])
+        longest = max(end - start for start, end in pairwise(batch.boundaries))
+        ends = torch.tensor(batch.boundaries, dtype=torch.int32, device=batch.tokens.device)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            task=batch.task,
+            token_tasks=None if batch.token_tasks is None else batch.token_tasks[0],
+            boundaries=batch.boundaries,
+        )
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -68,11 +91,11 @@ class HLoRATransformerLayer(TransformerLayer):
     def forward(
         self, *args: Any, packed_seq_params: TaskRouting | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `TransformerLayer.forward`; `packed_seq_params` brings the task and goes no further (no packing)."""
-        task = None if packed_seq_params is None else packed_seq_params.task
+        """As `TransformerLayer.forward`; `packed_seq_params` brings the tasks, and goes further only with packing."""
+        routing = TaskRouting() if packed_seq_params is None else packed_seq_params
         for linear in self._hlora_linears:
-            linear.active_task = task
-        return super().forward(*args, packed_seq_params=None, **kwargs)
+            linear.active_task, linear.token_tasks = routing.task, routing.token_tasks
+        return super().forward(*args, packed_seq_params=routing if routing.boundaries else None, **kwargs)
 
 
 def linear_layouts(shape: BackboneShape) -> dict[str, BranchLayout]:

@@ -57,19 +57,18 @@ class HLoRATELayerNormColumnParallelLinear(_BF16EvaluationMixin, HLoRAColumnMixi
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s/T or s, b, in], not normalised, to [s, b, out/T]."""
-        plugin = self._active_plugin()
+        active = self._active_plugins()
         # Read by Transformer Engine at each call. The gathered variant would all-gather bf16 in front of an FP8 GEMM.
-        self.return_layernorm_output = plugin is not None
+        self.return_layernorm_output = bool(active)
         self.return_layernorm_output_gathered = False
         result = TELayerNormColumnParallelLinear.forward(self, input_)
-        if plugin is None:
+        if not active:
             return result
         if self.te_return_bias:
             output, bias, normalised = result
         else:
             (output, normalised), bias = result
-        u = self.gathered_u(plugin, normalised)
-        return output + plugin.expand(u, self.tp_group.size()), bias
+        return self.add_branches(output, active, self.gathered_u(active, normalised)), bias
 
 
 class HLoRATERowParallelLinear(_BF16EvaluationMixin, HLoRARowMixin, TERowParallelLinear):

@@ -114,13 +114,16 @@ def describe_choice(model: ModelConfig, training: TrainingConfig) -> str:
 
 
 def sequence_multiple(parallel: ParallelConfig, training: TrainingConfig) -> int:
-    """Padded sequence lengths (tokens) are multiples of it: T under sequence parallelism, 16 * T with FP8.
+    """Padded sequence lengths (tokens) are multiples of it.
 
-    In FP8 the tokens of a micro-batch on each rank, sequence / T * samples, must be a multiple of 16.
+    Sequence parallelism (T) and context parallelism (C) give every rank an equal share; the latter in two chunks.
+    In FP8 the tokens of a micro-batch on each rank, sequence / (C * T) * samples, must be a multiple of 16.
     """
-    size = parallel.tensor_model_parallel_size
-    multiple = size if parallel.sequence_parallel else 1
-    return math.lcm(multiple, _FP8_MULTIPLE * size) if training.precision == "fp8" else multiple
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    multiple = context * tensor if parallel.sequence_parallel else context
+    if context > 1:
+        multiple = math.lcm(multiple, 2 * context)
+    return math.lcm(multiple, _FP8_MULTIPLE * context * tensor) if training.precision == "fp8" else multiple
 
 
 def transformer_settings(model: ModelConfig, training: TrainingConfig) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def gate_before_reduction(branch: Any, sp: bool) -> Iterator[None]:
     reduce, gate = getattr(linear, name), branch.gate
     with (
         mock.patch.object(linear, name, lambda z, group: reduce(gate(z, contextlib.nullcontext), group=group)),
-        mock.patch.object(branch, "gate", lambda u, _rng_context: u),
+        mock.patch.object(branch, "gate", lambda u, _rng_context, _token_mask: u),
     ):
         yield
 

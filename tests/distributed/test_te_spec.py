@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor_model_parallel_size": 2}),
     "TP2 + SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "TP2 + SP, tasks packed together": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
 
 
@@ -55,7 +56,9 @@ def make_config(backbone: Path, folder: Path, parallel: dict[str, Any], impl: st
     return config
 
 
-def train(backbone: Path, folder: Path, parallel: dict[str, Any], impl: str, last_step: int) -> list[float]:
+def train(
+    backbone: Path, folder: Path, parallel: dict[str, Any], impl: str, last_step: int, packing: str = "none"
+) -> list[float]:
     """(loss, gradient norm) of the steps up to `last_step`, from the newest checkpoint in `folder` if there is one."""
     with stand_in():
         from megatron_hgpt import distributed
@@ -81,7 +84,10 @@ def train(backbone: Path, folder: Path, parallel: dict[str, Any], impl: str, las
 
         Trainer(
             config=config, stage=stage, context=context, models=models, total_steps=last_step, hooks=[Recorder()],
-            loader=FixedLoader(stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size),
+            loader=FixedLoader(
+                stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size, packing=packing,
+                pad_to_multiple=2,
+            ),
             checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
         ).fit()  # fmt: skip
         return curve
@@ -105,7 +111,8 @@ def test_the_curve_is_that_of_the_local_layers(
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     expected = local_run[1][: 2 * SAVED_AT]
-    for curve in run_ranks(train, world_size, backbone, tmp_path, parallel, TE, SAVED_AT):
+    packing = "mixed" if "packed" in layout else "none"
+    for curve in run_ranks(train, world_size, backbone, tmp_path, parallel, TE, SAVED_AT, packing):
         assert curve == pytest.approx(expected, rel=RELATIVE)
     if layout == "TP2 + SP":  # its checkpoint goes on with local layers
         resumed = run_ranks(train, 1, backbone, tmp_path, {}, LOCAL, NUM_STEPS)[0]

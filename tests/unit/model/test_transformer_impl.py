@@ -85,13 +85,25 @@ def test_an_old_gpu_is_refused_in_transformer_engines_words(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("size", "sequence_parallel", "precision", "multiple"),
-    [(1, False, "bf16", 1), (4, False, "bf16", 1), (4, True, "bf16", 4), (1, False, "fp8", 16), (3, True, "fp8", 48)],
+    ("size", "sequence_parallel", "context", "precision", "multiple"),
+    [
+        (1, False, 1, "bf16", 1),
+        (4, False, 1, "bf16", 1),
+        (4, True, 1, "bf16", 4),
+        (1, False, 2, "bf16", 4),
+        (4, True, 2, "bf16", 8),
+        (3, True, 2, "bf16", 12),
+        (1, False, 1, "fp8", 16),
+        (3, True, 1, "fp8", 48),
+        (2, True, 2, "fp8", 64),
+    ],
 )
 def test_sequences_are_padded_to_what_the_gemms_take(
-    size: int, sequence_parallel: bool, precision: str, multiple: int
+    size: int, sequence_parallel: bool, context: int, precision: str, multiple: int
 ) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=sequence_parallel)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=size, sequence_parallel=sequence_parallel, context_parallel_size=context
+    )
     assert sequence_multiple(parallel, TrainingConfig(precision=precision)) == multiple
 
 
