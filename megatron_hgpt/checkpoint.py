@@ -196,7 +196,7 @@ def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch
 
 
 def _rng_object() -> Any:
-    """This rank's random states, one object per (pipeline, tensor, data) rank."""
+    """This rank's random states, one object per (pipeline, tensor, data and context) rank."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -208,12 +208,12 @@ def _rng_object() -> Any:
     shape = (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     )
     offset = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     return ShardedObject("rng", states, shape, offset, replica_id=0)
 

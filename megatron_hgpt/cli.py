@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from megatron_hgpt import distributed
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import load_config, preset_names
+from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.validation import describe, validate
+from megatron_hgpt.validation import validate
 
 logger = logging.getLogger(__name__)
 

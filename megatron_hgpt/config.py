@@ -92,6 +92,8 @@ class ModelConfig:
     vq: VQConfig = field(default_factory=VQConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hlora: HLoRAConfig = field(default_factory=HLoRAConfig)
+    transformer_impl: str = "auto"
+    """Layers of the language model: local, transformer_engine (needs a GPU), or auto: the latter where it runs."""
     transformer_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core's TransformerConfig set verbatim (an unknown name is refused)."""
 
@@ -144,9 +146,16 @@ class DataConfig:
     """Held-out dataset folders; empty means no validation loss."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Task -> weight of its micro-batches; empty means in proportion to the samples of each task."""
+    packing: str = "none"
+    """none pads samples to the longest of their micro-batch; by_task packs samples of one task into rows; mixed packs
+    samples of both tasks together. A packed row is one micro-batch, and batch sizes count rows."""
+    pack_length: int | None = None
+    """Tokens of a packed row at most; None takes model.max_seq_length."""
     shuffle: bool = True
     num_workers: int = 2
     """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
+    feature_cache: str | None = None
+    """Sub-folder of every dataset folder with the tower's features (tools/cache_features.py); None runs the tower."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,7 +199,8 @@ class TrainingConfig:
     global_batch_size: int | None = None
     """Samples per optimizer step over all ranks; None takes the stage table's value."""
     precision: str = "bf16"
-    """bf16 or fp32 for parameters and activations; the router softmax and the loss are fp32 always."""
+    """bf16 or fp32 for parameters and activations, or fp8: as bf16, with the frozen GEMMs in FP8 (Transformer Engine).
+    The router softmax and the loss are fp32 always."""
     seed: int = 1234
     """Seeds initialisation (by parameter name), data order and dropout."""
     train_adapters_in_stage2: bool = False

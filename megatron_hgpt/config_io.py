@@ -111,14 +111,23 @@ def _repeated_key(node: yaml.Node | None) -> str | None:
     return None
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: Mapping[str, Any], cls: type | None = RunConfig) -> dict[str, Any]:
+    """`above` over `below`, key by key; an empty mapping clears a field that holds one (not a whole section)."""
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merge(dict(merged[key]), value)
+        section = _section(cls, key)
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and (value or section):
+            merged[key] = _merge(dict(merged[key]), value, section)
         else:
             merged[key] = value
     return merged
+
+
+def _section(cls: type | None, key: str) -> type | None:
+    """The dataclass that field `key` of `cls` holds, if it holds one."""
+    kind = dict(_fields(cls)).get(key) if cls is not None else None
+    sections = [option for option in typing.get_args(kind) or (kind,) if dataclasses.is_dataclass(option)]
+    return typing.cast(type, sections[0]) if sections else None
 
 
 def _parse_override(override: str) -> dict[str, Any]:

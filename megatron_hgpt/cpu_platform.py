@@ -1,6 +1,6 @@
 """Lets megatron.core 0.16 run on CPU tensors and gloo; does nothing on a machine with a CUDA device.
 
-megatron.core assumes CUDA in four ways. Each is answered by the smallest change that works:
+megatron.core assumes CUDA in five ways. Each is answered by the smallest change that works:
 
 1. It asks ``torch.cuda`` for the current device, random state and streams: those few functions are replaced.
 2. It writes ``device="cuda"`` and ``"torch.cuda.FloatTensor"`` as constants inside functions: the constants of
@@ -8,6 +8,7 @@ megatron.core assumes CUDA in four ways. Each is answered by the smallest change
 3. It moves tensors with ``.cuda()``: that returns the tensor itself.
 4. Its fused helpers are compiled at import through ``torch.compile``: the decorator is switched off, as the
    CPU compile would take longer than a small run.
+5. It takes the rotary angles of a context-parallel rank through pinned memory: that function is replaced.
 
 The sequence-parallel norm, which megatron.core's local spec refuses, is not patched but supplied by our layer spec
 (`megatron_hgpt.hlora.spec`), and the Adam convention by `megatron_hgpt.optim`.
@@ -84,6 +85,8 @@ def install_if_needed() -> bool:
         warnings.simplefilter("ignore")
         _disable_jit_fuser()
         _replace_rng_functions()
+        rotary = importlib.import_module("megatron.core.models.common.embeddings.rotary_pos_embedding")
+        rotary.get_pos_emb_on_this_cp_rank = _rotary_of_context_rank  # type: ignore[attr-defined]
         for name in _MODULES_WITH_CUDA_CONSTANTS:
             _rewrite_cuda_constants(importlib.import_module(name))
     logger.info("no CUDA device: megatron.core runs on the CPU with gloo (fp32/bf16 without fused kernels: slower)")
@@ -200,6 +203,15 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     finally:
         tracker.states_[name] = torch.get_rng_state()
         torch.set_rng_state(outer)
+
+
+def _rotary_of_context_rank(
+    angles: torch.Tensor, seq_dim: int, cp_group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    """Chunks c and 2C-1-c of the 2C chunks of a sequence, without pinned memory."""
+    size, rank = cp_group.size(), cp_group.rank()
+    chunks = angles.chunk(2 * size, dim=seq_dim)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=seq_dim)
 
 
 def _rewrite_cuda_constants(module: types.ModuleType) -> None:

@@ -28,6 +28,8 @@ class DistributedContext:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def is_writer(self) -> bool:
@@ -89,6 +91,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
     )
     seed_everything(context, seed)
     return context
@@ -97,12 +101,12 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
 def seed_everything(context: DistributedContext, seed: int) -> None:
     """Start the random states that dropout draws from.
 
-    Masks differ between data-parallel ranks and pipeline stages. Tensor-parallel ranks share the default generator and
-    differ in Megatron's tracked model-parallel one.
+    Masks differ between data-parallel ranks, context-parallel ranks and pipeline stages. Tensor-parallel ranks share
+    the default generator and differ in Megatron's tracked model-parallel one.
     """
     from megatron.core import tensor_parallel
 
-    rank_seed = seed + 10_000 * context.dp_rank + 100 * context.pp_rank
+    rank_seed = seed + 10_000 * (context.dp_rank * context.cp_size + context.cp_rank) + 100 * context.pp_rank
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)
 

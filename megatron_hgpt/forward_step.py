@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.data.samples import MicroBatch
+from megatron_hgpt.data.samples import IGNORE_INDEX, MicroBatch, Task
 
 LossReport = dict[str, Any]
-"""Of one micro-batch: task, loss_sum (nats, detached tensor), num_supervised_tokens, num_tokens, num_samples."""
+"""Of one micro-batch: losses (task -> sum in nats and number of supervised tokens, detached), num_tokens (content),
+num_positions (with padding), num_samples."""
 
 
 def _loss_of(batch: MicroBatch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, LossReport]:
@@ -20,16 +21,26 @@ def _loss_of(batch: MicroBatch, losses: torch.Tensor) -> tuple[torch.Tensor, tor
     Returns:
         The sum that backward starts from, the number of supervised tokens (int), and the report.
     """
+    from megatron.core import parallel_state
+
     loss_sum = losses.sum()
     num_tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    # Context-parallel ranks share the micro-batch, each with losses of its own: one of them counts the rest.
+    is_counter = parallel_state.get_context_parallel_rank() == 0
     report: LossReport = {
-        "task": batch.task,
-        "loss_sum": loss_sum.detach(),
-        "num_supervised_tokens": losses.numel(),
-        "num_tokens": int(batch.num_content_tokens),
-        "num_samples": len(batch.sample_ids),
+        "losses": _losses_per_task(batch, losses.detach()),
+        "num_tokens": batch.num_content_tokens * is_counter,
+        "num_positions": batch.tokens.numel() * is_counter,
+        "num_samples": len(batch.sample_ids) * is_counter,
     }
     return loss_sum, num_tokens, report
+
+
+def _losses_per_task(batch: MicroBatch, losses: torch.Tensor) -> dict[Task, tuple[torch.Tensor, torch.Tensor | int]]:
+    if batch.token_tasks is None:
+        return {task: (losses.sum(), losses.numel()) for task in batch.tasks}
+    codes = batch.token_tasks.T[batch.labels.T != IGNORE_INDEX]  # in the order of the losses
+    return {task: (losses[codes == task.code].sum(), (codes == task.code).sum()) for task in batch.tasks}
 
 
 def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable]:

@@ -15,6 +15,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from megatron_hgpt.config import OptimizerConfig, RunConfig
+from megatron_hgpt.model.transformer_impl import keeps_bf16_parameters
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
 
 
@@ -151,8 +152,8 @@ def megatron_optimizer_settings(config: RunConfig, stage: Stage) -> dict[str, An
         "adam_beta2": settings.adam_beta2,
         "adam_eps": settings.adam_eps,
         "clip_grad": settings.clip_grad,
-        "bf16": config.training.precision == "bf16",
-        "params_dtype": torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        "bf16": keeps_bf16_parameters(config.training),
+        "params_dtype": torch.bfloat16 if keeps_bf16_parameters(config.training) else torch.float32,
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
     }
 

@@ -12,6 +12,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import PathParameters, TrainState
+from megatron_hgpt.model.transformer_impl import describe_choice, sequence_multiple
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import global_batch_size, validate
 
@@ -42,7 +43,10 @@ def main(config: RunConfig) -> None:
         if context.is_writer:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.output_dir) / "resolved_config.yaml")
-        models = build_model_chunks(config, context.device, dropout=dict(stage.dropout))
+        logger.info(describe_choice(config.model, config.training))
+        # With cached features only the sample pictures, drawn from pixels, still need the tower.
+        with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
+        models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
         trained = load_weights(models, config, config.checkpoint.init_from)
         trainable = freeze_except(models, stage.trainable)
         tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
@@ -56,7 +60,7 @@ def main(config: RunConfig) -> None:
             dp_size=context.dp_size,
             tasks=stage.tasks,
             global_batch_size=batch_size,
-            pad_to_multiple=context.tp_size if config.parallel.sequence_parallel else 1,
+            pad_to_multiple=sequence_multiple(config.parallel, config.training),
         )
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
@@ -108,19 +112,22 @@ def _path_parameters(config: RunConfig) -> PathParameters:
     return PathParameters(num_frozen=sum(on_path.values()) - trained, num_trained=trained)
 
 
+def _draws_samples(config: RunConfig) -> bool:
+    return config.logging.sample_images_interval_steps > 0 and bool(config.model.vq.path)
+
+
 def _image_sampler(
     config: RunConfig, model: Any, tokenizer: Any, context: DistributedContext
 ) -> Callable[[TrainState], list[tuple[str, Any]]] | None:
     """Draws the first held-out (or training) generation prompts; None where the run cannot decode images."""
     from megatron_hgpt.inference.samples import image_sampler
 
-    if config.logging.sample_images_interval_steps <= 0 or not config.model.vq.path:
+    if not _draws_samples(config):
         return None
-    if context.pp_size > 1:
+    if context.pp_size > 1 or context.cp_size > 1:
         logger.warning(
-            "sample images need the whole model on every rank and are off with pipeline_model_parallel_size=%d; "
-            "tools/generate.py draws from any checkpoint of this run",
-            context.pp_size,
+            "sample images need the whole model and sequence on every rank and are off with pipeline or context "
+            "parallelism; tools/generate.py draws from any checkpoint of this run"
         )
         return None
     return image_sampler(config, model, tokenizer, context)

@@ -21,7 +21,7 @@ from megatron_hgpt.errors import HealthGPTError
 from megatron_hgpt.forward_step import LossReport
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
-from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
+from megatron_hgpt.stages import ADAPTER_GROUPS, GROUP_TASK, Stage, group_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +42,21 @@ class GradientAudit:
                 self._waiting[name] = GROUP_TASK.get(group_of(name))
                 self._handles.append(parameter.register_hook(lambda _grad, name=name: self._seen.add(name)))
 
-    def check(self, tasks: set[Task]) -> None:
-        """Check the parameters of the tasks that this rank's micro-batches had.
+    def check(self, batches: Sequence[MicroBatch]) -> None:
+        """Check the parameters of the tasks that this rank's micro-batches had; adapters, where they had images.
 
         Raises:
             HealthGPTError: names parameters that train but got no gradient.
         """
         if not self._waiting:
             return
-        due = [name for name, task in self._waiting.items() if task is None or task in tasks]
+        tasks = {task for batch in batches for task in batch.tasks}
+        with_images = {task for batch in batches if batch.num_images for task in (batch.image_tasks or batch.tasks)}
+        due = [
+            name
+            for name, task in self._waiting.items()
+            if task is None or task in (with_images if group_of(name) in ADAPTER_GROUPS else tasks)
+        ]
         missing = [name for name in due if name not in self._seen]
         if missing:
             raise HealthGPTError(
@@ -146,7 +152,7 @@ class Trainer:
         started = time.perf_counter()
         batches: list[MicroBatch] = self.loader.next_step()
         reports = self.engine.accumulate(batches)
-        self.audit.check({batch.task for batch in batches})
+        self.audit.check(batches)
         totals = self._reduce(reports)
         mark_idle_groups(self.engine.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
         self.scheduler.step(1)
@@ -156,47 +162,46 @@ class Trainer:
         return self._record(totals, rates, grad_norm, time.perf_counter() - started)
 
     def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
-        """Sums over data-parallel ranks: per task loss and supervised tokens, and content tokens and samples.
+        """Sums over data-parallel ranks: per task loss and supervised tokens; content tokens, positions and samples.
 
         Only the last pipeline stage has reports; every stage is told.
         """
         from megatron.core import parallel_state
 
-        rows = []
-        for task in TASKS:
-            mine = [report for report in reports if report["task"] is task]
-            rows.append(
-                [
-                    float(sum(float(report["loss_sum"]) for report in mine)),
-                    float(sum(report["num_supervised_tokens"] for report in mine)),
-                    float(sum(report["num_tokens"] for report in mine)),
-                    float(sum(report["num_samples"] for report in mine)),
-                ]
-            )
-        sums = torch.tensor(rows, dtype=torch.float64, device=self.context.device)
+        totals: dict[str, dict[str, float]] = {task.value: {"loss": 0.0, "tokens": 0.0} for task in TASKS}
+        totals["all"] = {"num_tokens": 0.0, "num_positions": 0.0, "num_samples": 0.0}
+        for report in reports:
+            for task, (loss_sum, num_tokens) in report["losses"].items():
+                totals[task.value]["loss"] += float(loss_sum)
+                totals[task.value]["tokens"] += float(num_tokens)
+            for name in totals["all"]:
+                totals["all"][name] += report[name]
+        values = [value for row in totals.values() for value in row.values()]
+        sums = torch.tensor(values, dtype=torch.float64, device=self.context.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.context.pp_size > 1:
             torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-        names = ("loss", "tokens", "content_tokens", "samples")
-        return {task.value: dict(zip(names, sums[i].tolist(), strict=True)) for i, task in enumerate(TASKS)}
+        summed = iter(sums.tolist())
+        return {key: {name: next(summed) for name in row} for key, row in totals.items()}
 
     def _record(
         self, totals: dict[str, dict[str, float]], rates: dict[str, float], grad_norm: float, seconds: float
     ) -> StepRecord:
-        def total(name: str) -> float:
-            return sum(row[name] for row in totals.values())
-
+        per_task = {task.value: totals[task.value] for task in TASKS}
+        num_supervised = sum(row["tokens"] for row in per_task.values())
+        every = totals["all"]
         return StepRecord(
             step=self.step,
-            loss=total("loss") / max(total("tokens"), 1.0),
-            loss_per_task={task: row["loss"] / row["tokens"] for task, row in totals.items() if row["tokens"] > 0},
-            num_supervised_tokens=int(total("tokens")),
-            num_tokens=int(total("content_tokens")),
-            num_samples=int(total("samples")),
+            loss=sum(row["loss"] for row in per_task.values()) / max(num_supervised, 1.0),
+            loss_per_task={task: row["loss"] / row["tokens"] for task, row in per_task.items() if row["tokens"] > 0},
+            num_supervised_tokens=int(num_supervised),
+            num_tokens=int(every["num_tokens"]),
+            num_samples=int(every["num_samples"]),
+            padding_share=1 - every["num_tokens"] / max(every["num_positions"], 1.0),
             learning_rates=rates,
             grad_norm=grad_norm,
             step_time_s=seconds,
-            tokens_per_s=total("content_tokens") / seconds,
+            tokens_per_s=every["num_tokens"] / seconds,
         )
 
     def _restore(self) -> None:

@@ -1,11 +1,10 @@
-"""Checks of a whole configuration before any process group exists, and the text of a dry run.
+"""Checks of a whole configuration before any process group exists.
 
 Every message names the field, its value, and what to do.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.config_io import dump
 from megatron_hgpt.data.samples import TASKS, Task
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError
@@ -25,7 +23,7 @@ from megatron_hgpt.model.backbone import (
     read_backbone,
     transformer_config,
 )
-from megatron_hgpt.model.parameter_counts import count_parameters
+from megatron_hgpt.model.transformer_impl import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.stages import Stage, resolve_stage
 
@@ -46,6 +44,7 @@ _AT_LEAST = {
     "optimizer.clip_grad": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
+    "parallel.context_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.tensor_model_parallel_size": 1,
     "training.seed": 0,
@@ -60,11 +59,12 @@ def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) ->
     Args:
         config: the run.
         world_size: processes that will run it.
-        check_paths: whether folders must exist (a shipped configuration names a user's folders).
+        check_paths: whether folders and optional packages must be here (a shipped configuration names a user's).
     """
     for problem in _problems(config, world_size):
         raise ConfigError(problem)
     if check_paths:
+        resolve_transformer_impl(config.model, config.training)
         for problem in (*missing_requirements(config), *_missing_paths(config)):
             raise ConfigError(problem)
 
@@ -100,7 +100,8 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[
 def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     training, parallel, model = config.training, config.parallel, config.model
     yield from _range_problems(config)
-    yield from _one_of("training.precision", training.precision, ("bf16", "fp32"))
+    yield from _one_of("training.precision", training.precision, PRECISIONS)
+    yield from _one_of("model.transformer_impl", model.transformer_impl, IMPLEMENTATIONS)
     yield from _one_of("training.recompute", training.recompute, (None, "selective", "full"))
     yield from _one_of("optimizer.schedule", config.optimizer.schedule, (None, "cosine", "linear", "constant"))
     from megatron_hgpt.data.templates import TEMPLATES
@@ -114,13 +115,13 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
             f"model.max_seq_length={model.max_seq_length} exceeds the backbone's max_position_embeddings="
             f"{shape.max_positions}; lower it"
         )
-    if parallel.context_parallel_size != 1:
-        yield f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported by this version; use 1"
     yield from _pipeline_problems(config, shape.num_layers)
     check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
     dp_size = data_parallel_size(config, world_size)
+    if training.precision == "fp8":
+        yield from fp8_problems(shape, model, parallel)
     yield from _batch_problems(config, dp_size)
     yield from _interleaving_problems(config, dp_size)
     if (training.num_steps is None) == (training.num_epochs is None):
@@ -147,6 +148,9 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if "new_rows" in stage.trainable and config.optimizer.weight_decay:
         yield "optimizer.weight_decay must be 0 while training.new_rows=rows: it would shrink the frozen rows"
     yield from _vision_problems(config, stage)
+    cache = config.data.feature_cache
+    if cache is not None and (not cache or cache.startswith(".") or Path(cache).name != cache):
+        yield f"data.feature_cache={cache!r} must be the plain name of a sub-folder of each dataset folder"
     for name, weight in config.data.mixture.items():
         yield from _one_of("data.mixture", name, tuple(task.value for task in TASKS))
         if not (math.isfinite(weight) and weight >= 0):
@@ -156,7 +160,31 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     missing = [task.value for task in stage.tasks if config.data.mixture and task.value not in config.data.mixture]
     if missing:
         yield f"data.mixture has no weight for {missing[0]}, which {training.stage} trains; 0 leaves it out"
+    yield from _packing_problems(config)
     _check_megatron_overrides(config, shape)
+
+
+def _packing_problems(config: RunConfig) -> Iterator[str]:
+    data, longest = config.data, config.model.max_seq_length
+    yield from _one_of("data.packing", data.packing, ("none", "by_task", "mixed"))
+    if data.packing == "none":
+        if data.pack_length is not None:
+            yield f"data.pack_length={data.pack_length} has no effect without packing; set data.packing or remove it"
+        return
+    if config.training.micro_batch_size != 1:
+        yield (
+            f"training.micro_batch_size={config.training.micro_batch_size} must be 1 with data.packing={data.packing}: "
+            "a packed row is a micro-batch; raise data.pack_length to make it larger"
+        )
+    if data.pack_length is not None and data.pack_length < longest:
+        yield f"data.pack_length={data.pack_length} is below model.max_seq_length={longest}; raise it"
+    if config.parallel.context_parallel_size > 1:
+        yield (
+            f"data.packing={data.packing} cannot be shared by parallel.context_parallel_size="
+            f"{config.parallel.context_parallel_size} ranks; use one of the two"
+        )
+    if data.packing == "mixed" and data.mixture:
+        yield "data.mixture weighs micro-batches of one task; with data.packing=mixed remove it, or pack by_task"
 
 
 def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
@@ -299,6 +327,8 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
         for value in getattr(data, name):
             if not (Path(value) / "manifest.json").is_file():
                 yield f"data.{name}: {value} holds no manifest.json; write it with tools/preprocess_vl_health.py"
+            elif data.feature_cache and not (Path(value) / data.feature_cache / "manifest.json").is_file():
+                yield f"data.feature_cache: {value} has no {data.feature_cache}; write it with tools/cache_features.py"
     for value in config.checkpoint.init_from:
         if not Path(value).exists():
             yield f"checkpoint.init_from: {value} does not exist; train the earlier stage first"
@@ -307,69 +337,3 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         yield f"output_dir={config.output_dir} cannot be written"
-
-
-def describe(config: RunConfig, world_size: int) -> str:
-    """What ``--dry-run`` prints: resolved configuration, parameters per group, batch arithmetic. Starts nothing."""
-    stage = resolve_stage(config.training)
-    dp_size, total = data_parallel_size(config, world_size), global_batch_size(config)
-    micro = config.training.micro_batch_size
-    lines = ["# resolved configuration", dump(config).rstrip(), "", "# parameters", ""]
-    counts = count_parameters(config.model)
-    vocabulary = Vocabulary.from_config(config.model)
-    trained_total = 0
-    for group, count in counts.items():
-        is_vocabulary = group in ("embeddings", "head")
-        trained = count if group in stage.trainable or (is_vocabulary and "vocabulary" in stage.trainable) else 0
-        note = "trainable" if trained else "frozen"
-        if is_vocabulary and "new_rows" in stage.trainable:
-            trained = (vocabulary.size - vocabulary.text_size) * (count // vocabulary.padded_size)
-            note = f"trainable: {trained:,} in the VQ rows"
-        trained_total += trained
-        lines.append(f"{group:<22}{count:>18,}  {note}")
-    every = sum(counts.values())
-    lines += [
-        f"{'all':<22}{every:>18,}  {trained_total:,} trainable ({trained_total / max(every, 1):.2%})",
-        "",
-        "# batch arithmetic",
-        "",
-        f"processes                       {world_size}",
-        f"tensor parallel size            {config.parallel.tensor_model_parallel_size}"
-        f"{' with sequence parallelism' if config.parallel.sequence_parallel else ''}",
-        f"pipeline parallel size          {_pipeline(config)}",
-        f"data parallel size              {dp_size}",
-        f"samples per optimizer step      {total}",
-        f"micro-batches per rank          {total // (micro * dp_size)} of {micro} samples",
-        f"tokens per optimizer step       at most {total * config.model.max_seq_length:,}",
-        f"length of the run               {_length(config, stage, total)}",
-        "learning rates                  "
-        + ", ".join(
-            f"{group} {stage.lr_of(group, config.optimizer.lr, config.optimizer.adapter_lr):g}"
-            for group in stage.trainable
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _pipeline(config: RunConfig) -> str:
-    chunks = config.parallel.virtual_pipeline_model_parallel_size
-    return f"{config.parallel.pipeline_model_parallel_size}" + (f", {chunks} chunks each" if chunks else "")
-
-
-def _length(config: RunConfig, stage: Stage, total: int) -> str:
-    """Steps, or epochs with their steps where the manifests say how many samples there are."""
-    training = config.training
-    if training.num_epochs is None:
-        return f"{training.num_steps} steps"
-    manifests = [Path(folder) / "manifest.json" for folder in config.data.train]
-    if config.data.mixture or not manifests or not all(path.is_file() for path in manifests):
-        return f"{training.num_epochs:g} epochs"
-    try:
-        per_task = [json.loads(path.read_text(encoding="utf-8"))["counts"]["per_task"] for path in manifests]
-        samples = [sum(int(counts.get(task.value, 0)) for counts in per_task) for task in stage.tasks]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{training.num_epochs:g} epochs (unreadable manifest in data.train: {error!r})"
-    micro = training.micro_batch_size
-    steps = -(-sum(-(-count // micro) for count in samples) // (total // micro))  # micro-batches hold one task each
-    steps = max(1, round(training.num_epochs * steps))
-    return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {steps:,} steps"

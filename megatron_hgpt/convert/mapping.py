@@ -25,6 +25,7 @@ import torch
 
 from megatron_hgpt.errors import CheckpointError, ConfigError
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone
+from megatron_hgpt.model.names import unfused_name
 from megatron_hgpt.model.vocabulary import Vocabulary
 
 Reader = Callable[[str], torch.Tensor]
@@ -288,7 +289,7 @@ def load_backbone(
     folder = Path(folder)
     shape = _shape_of(folder, shape)
     present, read = open_checkpoint(folder)
-    parameters = {name: p for name, p in model.named_parameters() if is_backbone_parameter(name)}
+    parameters = {unfused_name(name): p for name, p in model.named_parameters() if is_backbone_parameter(name)}
     table = list(_expand(rules(shape, vocabulary), shape.num_layers))
     known = {name for _, names, _ in table for name in names} | ({"lm_head.weight"} if shape.tied else set())
     missing = sorted({name for _, names, _ in table for name in names} - present)
@@ -342,6 +343,7 @@ def export_backbone(
         CheckpointError: a tensor of the table is missing in a shard.
     """
     untied = dataclasses.replace(shape, tied=False)
+    shards = [{unfused_name(name): tensor for name, tensor in shard.items()} for shard in shards]
     result: dict[str, torch.Tensor] = {}
     for megatron, names, rule in _expand(rules(untied, vocabulary), shape.num_layers):
         if any(megatron not in shard for shard in shards):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -24,7 +25,9 @@ class ExpandedSample:
     image_mask: torch.Tensor
     """bool [t]."""
     pixel_values: list[torch.Tensor]
-    """float32 [3, H, W] of each picture whose features are in `tokens`."""
+    """float32 [3, H, W] of each picture whose features are in `tokens`; empty where they come from the cache."""
+    features: list[torch.Tensor]
+    """[p, c] of each such picture from the feature cache; empty without one."""
     is_truncated: bool
 
 
@@ -74,6 +77,7 @@ def expand_sample(
         labels=labels,
         image_mask=image_mask,
         pixel_values=[clip_preprocess(image, image_size) for image in sample.images[:num_images]],
+        features=sample.features[:num_images],
         is_truncated=is_truncated,
     )
 
@@ -95,23 +99,80 @@ def collate(
     if len(tasks) != 1:
         raise ConfigError(f"a micro-batch needs samples of one task, got {sorted(task.value for task in tasks)}")
     rows = [expanded for _, expanded in samples]
-    longest = max(len(row.tokens) for row in rows)
-    length = -(-longest // pad_to_multiple) * pad_to_multiple
+    length = _round_up(max(len(row.tokens) for row in rows), pad_to_multiple)
 
     def stack(parts: list[torch.Tensor], fill: int) -> torch.Tensor:
         padded = [torch.nn.functional.pad(part, (0, length - len(part)), value=fill) for part in parts]
         return torch.stack(padded)
 
     labels = stack([row.labels for row in rows], IGNORE_INDEX)
-    pixels = [picture for row in rows for picture in row.pixel_values]
     return MicroBatch(
         task=tasks.pop(),
         tokens=stack([row.tokens for row in rows], 0),
         labels=labels,
         position_ids=torch.arange(length).repeat(len(rows), 1),
         image_mask=stack([row.image_mask for row in rows], 0),
-        pixel_values=torch.stack(pixels) if pixels else torch.empty(0, 3, image_size, image_size),
+        pixel_values=_pixels(rows, image_size),
         sample_ids=[row.sample_id for row in rows],
         num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         num_content_tokens=sum(len(row.tokens) for row in rows),
+        image_features=_features(rows),
     )
+
+
+def collate_packed(
+    samples: Sequence[tuple[EncodedSample, ExpandedSample]], *, image_size: int, pad_to_multiple: int = 1
+) -> MicroBatch:
+    """One row that holds samples of either task one after another; no token attends to another sample.
+
+    Args:
+        samples: stored and expanded, at least one.
+        image_size: height and width of the tower's input.
+        pad_to_multiple: the row is padded on the right to a multiple of it.
+    """
+    rows = [expanded for _, expanded in samples]
+    tasks = [stored.task for stored, _ in samples]
+    num_content_tokens = sum(len(row.tokens) for row in rows)
+    length = _round_up(num_content_tokens, pad_to_multiple)
+    starts = [0, *accumulate(len(row.tokens) for row in rows[:-1])]
+    boundaries = (*starts, length)
+    spans = [end - start for start, end in pairwise(boundaries)]
+
+    def join(parts: list[torch.Tensor], fill: int) -> torch.Tensor:
+        return torch.nn.functional.pad(torch.cat(parts), (0, length - num_content_tokens), value=fill).unsqueeze(0)
+
+    is_mixed = len(set(tasks)) > 1
+    image_tasks = tuple(task for task, row in zip(tasks, rows, strict=True) for _ in (row.pixel_values or row.features))
+    codes = torch.tensor([task.code for task in tasks], dtype=torch.uint8)
+    labels = join([row.labels for row in rows], IGNORE_INDEX)
+    return MicroBatch(
+        task=None if is_mixed else tasks[0],
+        tokens=join([row.tokens for row in rows], 0),
+        labels=labels,
+        position_ids=torch.cat([torch.arange(span) for span in spans]).unsqueeze(0),
+        image_mask=join([row.image_mask for row in rows], 0),
+        pixel_values=_pixels(rows, image_size),
+        image_features=_features(rows),
+        image_tasks=image_tasks if is_mixed else (),
+        token_tasks=codes.repeat_interleave(torch.tensor(spans)).unsqueeze(0) if is_mixed else None,
+        boundaries=boundaries,
+        sample_ids=[row.sample_id for row in rows],
+        num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
+        num_content_tokens=num_content_tokens,
+    )
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _pixels(rows: Sequence[ExpandedSample], image_size: int) -> torch.Tensor:
+    """All pictures [n, 3, image_size, image_size], in order."""
+    pixels = [picture for row in rows for picture in row.pixel_values]
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, image_size, image_size)
+
+
+def _features(rows: Sequence[ExpandedSample]) -> torch.Tensor | None:
+    """Cached features [n, p, c] of all pictures, in order; None without a cache."""
+    features = [picture for row in rows for picture in row.features]
+    return torch.stack(features) if features else None

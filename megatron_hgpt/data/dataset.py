@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_hgpt.data.feature_cache import FeatureCache
 from megatron_hgpt.data.mmap_format import DatasetReader
 from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
 from megatron_hgpt.data.templates import resolve_system_prompt
@@ -37,6 +38,7 @@ class VLDataset:
         template: the model's chat template.
         system_prompt: the model's system message; None is the template's own.
         num_indices: VQ indices of one image; None leaves it unchecked.
+        features: its feature cache; samples then carry features and no picture is decoded.
         verify_checksums: compare the sha256 of every file (reads all of it); sizes are always compared.
 
     Raises:
@@ -52,12 +54,13 @@ class VLDataset:
         template: str,
         system_prompt: str | None = None,
         num_indices: int | None = None,
+        features: FeatureCache | None = None,
         verify_checksums: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self._reader = DatasetReader(self.folder, verify_checksums=verify_checksums)
         manifest = self._reader.manifest
-        self._vocabulary = vocabulary
+        self._vocabulary, self._features = vocabulary, features
         self._check("tokenizer (sha256)", manifest["tokenizer"].get("sha256"), tokenizer_hash)
         self._check("template", manifest["template"].get("name"), template)
         prompt = resolve_system_prompt(template, system_prompt)
@@ -84,27 +87,37 @@ class VLDataset:
         """uint8 [n]: `Task.code` of each sample."""
         return self._reader.tasks
 
+    def lengths(self, num_image_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [n]: tokens of each sample once every image stands for `num_image_tokens`."""
+        return self._reader.num_tokens + self._reader.images_per_sample * (num_image_tokens - 1)
+
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> EncodedSample:
-        """One sample with its pictures decoded.
+        """One sample with its pictures decoded, or their features from the cache.
 
         Raises:
             SkipSample: a picture cannot be decoded, or tokens, mask and pictures do not fit (``corrupt_sample``).
+            DataError: a picture is not in the feature cache.
         """
         sample_id = self._reader.sample_id(index)
         tokens = torch.from_numpy(self._reader.tokens(index).astype(np.int64))
         loss_mask = torch.from_numpy(self._reader.loss_mask(index).astype(np.bool_))
-        images = self._reader.images(index)
+        numbers, task = self._reader.image_numbers(index), TASKS[int(self._reader.tasks[index])]
         is_image = tokens == IMAGE_TOKEN_ID
         is_known = (tokens >= 0) & (tokens < self._vocabulary.size)
-        if len(tokens) != len(loss_mask) or int(is_image.sum()) != len(images) or not bool((is_image | is_known).all()):
+        if (
+            len(tokens) != len(loss_mask)
+            or int(is_image.sum()) != len(numbers)
+            or not bool((is_image | is_known).all())
+        ):
             raise SkipSample("corrupt_sample", f"{self.folder}: sample {index} ({sample_id}) does not fit together")
         return EncodedSample(
             sample_id=sample_id,
-            task=TASKS[int(self._reader.tasks[index])],
+            task=task,
             tokens=tokens,
             loss_mask=loss_mask,
-            images=[load_image(image) for image in images],
+            images=[load_image(self._reader.image(number)) for number in numbers] if self._features is None else [],
+            features=self._features.read(numbers, task) if self._features is not None else [],
         )

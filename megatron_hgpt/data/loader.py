@@ -6,31 +6,31 @@ The life of a sample:
    tasks alternate evenly, in proportion to their samples or by `data.mixture`.
 2. Within a task, each of its epochs is a shuffle of all its samples, cut into micro-batches; the last one is filled
    up from the start of the same shuffle.
+   With packing a micro-batch is one row of samples; the rows are fixed by the seed, and an epoch shuffles them.
 3. Step s takes micro-batches s*M … s*M + M-1, M = global batch / micro-batch; data-parallel rank r those at r,
    r + dp, … So a step holds the same samples for every layout, and resuming is a matter of the step number.
-4. A sample that cannot be used is replaced by the next one of its task's shuffle, and counted.
+4. A sample that cannot be used is replaced by the next one of its task's shuffle (left out of its packed row), and
+   counted.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.collate import ExpandedSample, collate, expand_sample, splice_images
-from megatron_hgpt.data.dataset import VLDataset
+from megatron_hgpt.data.collate import ExpandedSample, collate, collate_packed, splice_images
+from megatron_hgpt.data.packing import Indices, packed_rows
 from megatron_hgpt.data.samples import EncodedSample, MicroBatch, Task
+from megatron_hgpt.data.source import SampleSource, open_source
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
-from megatron_hgpt.model.vocabulary import Vocabulary
 
 __all__ = ["TrainLoader", "build_loader", "build_validation_batches", "splice_images"]
 
@@ -44,50 +44,21 @@ class TaskSchedule:
     """The task of each micro-batch, spread evenly: O(1) for any position.
 
     Args:
-        weights: task -> share of the micro-batches (not all 0).
+        weights: task (None: both, packed together) -> share of the micro-batches (not all 0).
     """
 
-    def __init__(self, weights: dict[Task, Fraction]) -> None:
+    def __init__(self, weights: dict[Task | None, Fraction]) -> None:
         self._tasks = [task for task, weight in weights.items() if weight > 0]
         total = sum(weights.values(), Fraction(0))
         self._first_share = weights[self._tasks[0]] / total
 
-    def __call__(self, index: int) -> tuple[Task, int]:
+    def __call__(self, index: int) -> tuple[Task | None, int]:
         """Task of micro-batch `index`, and how many of that task came before it."""
         before, after = self._num_first(index), self._num_first(index + 1)
         return (self._tasks[0], before) if after > before else (self._tasks[1], index - before)
 
     def _num_first(self, length: int) -> int:
         return int(length * self._first_share + Fraction(1, 2))  # rounding: exact at whole epochs, no drift
-
-
-class SampleSource:
-    """Samples of several folders as one sequence, expanded for the model; unusable ones raise `SkipSample`."""
-
-    def __init__(
-        self, datasets: Sequence[VLDataset], *, num_image_tokens: int, image_size: int, max_seq_length: int
-    ) -> None:
-        self._datasets = list(datasets)
-        self._ends = list(accumulate(len(dataset) for dataset in datasets))
-        self._expand = functools.partial(
-            expand_sample, num_image_tokens=num_image_tokens, image_size=image_size, max_seq_length=max_seq_length
-        )
-        self.image_size = image_size
-        self.tasks = np.concatenate([dataset.tasks for dataset in datasets])
-
-    def load(self, index: int) -> tuple[EncodedSample, ExpandedSample]:
-        """Sample `index` over all folders.
-
-        Raises:
-            SkipSample: it cannot be used.
-        """
-        folder = bisect_right(self._ends, index)
-        stored = self._datasets[folder][index - (self._ends[folder - 1] if folder else 0)]
-        return stored, self._expand(stored)
-
-    def members(self, task: Task) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Indices of the samples of one task."""
-        return np.flatnonzero(self.tasks == task.code)
 
 
 class TrainLoader:
@@ -104,9 +75,11 @@ class TrainLoader:
         shuffle: False keeps the stored order.
         num_workers: threads that build micro-batches ahead; 0 builds them when asked.
         pad_to_multiple: sequence lengths are padded to a multiple of it.
+        packing: none, by_task or mixed (`DataConfig.packing`); rows take the place of samples in the batch sizes.
+        pack_length: tokens of a packed row at most.
 
     Raises:
-        ConfigError: batch sizes or mixture do not fit.
+        ConfigError: batch sizes, mixture or pack length do not fit.
         DataError: no sample of a task that the stage trains.
     """
 
@@ -124,6 +97,8 @@ class TrainLoader:
         shuffle: bool = True,
         num_workers: int = 0,
         pad_to_multiple: int = 1,
+        packing: str = "none",
+        pack_length: int = 0,
     ) -> None:
         if global_batch_size % (micro_batch_size * dp_size):
             raise ConfigError(
@@ -135,13 +110,20 @@ class TrainLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._num_micro_batches = global_batch_size // micro_batch_size
         shares = _shares(tasks, mixture or {})
-        self._members = {task: source.members(task) for task in shares}
-        for task, members in self._members.items():
+        samples = {task: source.members(task) for task in shares}
+        for task, members in samples.items():
             if not len(members):
                 raise DataError(f"data.train has no {task.value} sample, which the stage trains; add a folder of them")
+        self._num_samples = sum(map(len, samples.values()))
+        self._packing = packing
+        self._rows: dict[Task | None, list[Indices]] = {}
+        self._members: dict[Task | None, Indices] = dict(samples.items())
+        if packing != "none":
+            self._rows = packed_rows(samples, source.lengths, mixed=packing == "mixed", capacity=pack_length, seed=seed)
+            self._members = {task: np.arange(len(rows)) for task, rows in self._rows.items()}
         self._per_epoch = {task: -(-len(members) // micro_batch_size) for task, members in self._members.items()}
         self._schedule = TaskSchedule(
-            {task: share if share is not None else Fraction(self._per_epoch[task]) for task, share in shares.items()}
+            {task: shares.get(task) or Fraction(count) for task, count in self._per_epoch.items()}  # type: ignore[arg-type]
         )
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
         self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers > 0 else None
@@ -177,7 +159,9 @@ class TrainLoader:
         return {
             "step": self._step,
             "seed": self._seed,
-            "num_samples": sum(map(len, self._members.values())),
+            "num_samples": self._num_samples,
+            "packing": self._packing,
+            "num_micro_batches": sum(self._per_epoch.values()),
             "micro_batch_size": self._micro_batch_size,
             "num_micro_batches_per_step": self._num_micro_batches,
         }
@@ -220,11 +204,13 @@ class TrainLoader:
         first = step * self._num_micro_batches
         return range(first + self._dp_rank, first + self._num_micro_batches, self._dp_size)
 
-    def _shuffled(self, task: Task, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _shuffled(self, task: Task | None, epoch: int) -> Indices:
+        """Samples of a task, or numbers of its rows, in the order of an epoch."""
         members = self._members[task]
         if not self._shuffle:
             return members
-        return np.random.default_rng([self._seed, epoch, task.code]).permutation(members)
+        code = len(Task) if task is None else task.code
+        return np.random.default_rng([self._seed, epoch, code]).permutation(members)
 
     def _build(self, index: int) -> tuple[MicroBatch, Counter[str]]:
         """Micro-batch `index` of the endless sequence."""
@@ -232,14 +218,34 @@ class TrainLoader:
         epoch, position = divmod(ordinal, self._per_epoch[task])
         order = self._order(task, epoch)
         counts: Counter[str] = Counter()
-        first = position * self._micro_batch_size
-        samples = [self._usable(order, first + i, counts) for i in range(self._micro_batch_size)]
+        if self._rows:
+            samples, assemble = self._usable_row(self._rows[task], order, position, counts), collate_packed
+        else:
+            first = position * self._micro_batch_size
+            samples = [self._usable(order, first + i, counts) for i in range(self._micro_batch_size)]
+            assemble = collate
         counts["truncated"] += sum(expanded.is_truncated for _, expanded in samples)
-        return collate(samples, image_size=self._source.image_size, pad_to_multiple=self._pad_to_multiple), counts
+        return assemble(samples, image_size=self._source.image_size, pad_to_multiple=self._pad_to_multiple), counts
 
-    def _usable(
-        self, order: np.ndarray[Any, np.dtype[np.int64]], position: int, counts: Counter[str]
-    ) -> tuple[EncodedSample, ExpandedSample]:
+    def _usable_row(
+        self, rows: list[Indices], order: Indices, position: int, counts: Counter[str]
+    ) -> list[tuple[EncodedSample, ExpandedSample]]:
+        """The usable samples of the row at `position` of a shuffle, or of the next row that has any."""
+        for offset in range(len(order)):
+            samples = []
+            for index in rows[order[(position + offset) % len(order)]]:
+                try:
+                    samples.append(self._source.load(int(index)))
+                except SkipSample as error:
+                    counts[f"skipped/{error.reason}"] += 1
+                    logger.warning("sample skipped, its packed row goes on without it: %s", error)
+            if samples:
+                return samples
+            if sum(counts.values()) >= MAX_CONSECUTIVE_SKIPS:
+                break
+        raise DataError(f"no usable sample in {offset + 1} packed rows ({dict(counts)}); check the dataset folders")
+
+    def _usable(self, order: Indices, position: int, counts: Counter[str]) -> tuple[EncodedSample, ExpandedSample]:
         """The sample at `position` of a shuffle (it wraps around), or the next one that can be used."""
         num_tries = min(MAX_CONSECUTIVE_SKIPS, len(order))
         for offset in range(num_tries):
@@ -272,28 +278,6 @@ def _shares(tasks: Sequence[Task], mixture: dict[str, float]) -> dict[Task, Frac
     return {task: share for task, share in shares.items() if share > 0}
 
 
-def _open_source(
-    config: RunConfig, folders: Sequence[str], *, tokenizer_hash: str, num_image_tokens: int, image_size: int
-) -> SampleSource:
-    datasets = [
-        VLDataset(
-            folder,
-            vocabulary=Vocabulary.from_config(config.model),
-            tokenizer_hash=tokenizer_hash,
-            template=config.model.template,
-            system_prompt=config.model.system_prompt,
-            num_indices=config.model.vq.num_indices,
-        )
-        for folder in folders
-    ]
-    return SampleSource(
-        datasets,
-        num_image_tokens=num_image_tokens,
-        image_size=image_size,
-        max_seq_length=config.model.max_seq_length,
-    )
-
-
 def build_loader(
     config: RunConfig,
     *,
@@ -314,12 +298,13 @@ def build_loader(
     """
     if not config.data.train:
         raise DataError("data.train names no dataset folder; write one with tools/preprocess_vl_health.py")
-    source = _open_source(
+    source = open_source(
         config,
         config.data.train,
         tokenizer_hash=tokenizer_hash,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
+        tasks=tasks,
     )
     return TrainLoader(
         source,
@@ -333,6 +318,8 @@ def build_loader(
         shuffle=config.data.shuffle,
         num_workers=config.data.num_workers,
         pad_to_multiple=pad_to_multiple,
+        packing=config.data.packing,
+        pack_length=config.data.pack_length or config.model.max_seq_length,
     )
 
 
@@ -360,12 +347,13 @@ def build_validation_batches(
     """
     if not config.data.validation:
         return
-    source = _open_source(
+    source = open_source(
         config,
         config.data.validation,
         tokenizer_hash=tokenizer_hash,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
+        tasks=tasks,
     )
     size = config.training.micro_batch_size
     for task in tasks:

@@ -270,6 +270,36 @@ class DatasetReader:
         """Encoded picture files of sample `index`, in order."""
         return [image.tobytes() for image in self._document("images", index)]
 
+    @property
+    def num_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [n]: stored tokens of each sample, from the index alone."""
+        return np.asarray(self._streams["tokens"].sequence_lengths, dtype=np.int64)
+
+    @property
+    def images_per_sample(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [n]: pictures of each sample, from the index alone."""
+        if "images" not in self._streams:
+            return np.zeros(self._num_samples, dtype=np.int64)
+        return np.diff(self._streams["images"].document_indices).astype(np.int64)
+
+    @property
+    def num_images(self) -> int:
+        """Images of all samples."""
+        return len(self._streams["images"]) if "images" in self._streams else 0
+
+    def image_numbers(self, index: int) -> range:
+        """Where the images of sample `index` stand among those of all samples, in order."""
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        if "images" not in self._streams:
+            return range(0)
+        ends = self._streams["images"].document_indices
+        return range(int(ends[index]), int(ends[index + 1]))
+
+    def image(self, number: int) -> bytes:
+        """Encoded picture file of image `number` of all samples."""
+        return self._streams["images"][number].tobytes()
+
     def sample_id(self, index: int) -> str:
         """Id of sample `index`."""
         parts = self._document("sample_ids", index)

@@ -77,29 +77,50 @@ class EncodedSample:
     loss_mask: torch.Tensor
     """bool [t]: True where the token itself is supervised (is predicted and counts in the loss)."""
     images: list[Any]
-    """Input images (PIL, RGB) in order."""
+    """Input images (PIL, RGB) in order; empty where `features` stand for them."""
+    features: list[torch.Tensor] = field(default_factory=list)
+    """[p, c] of each input image, read from the feature cache at the task's depth."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
-    """One micro-batch of one task, ready for the model; right-padded, causal."""
+    """One micro-batch, ready for the model: right-padded samples of one task in rows, or one row of packed samples."""
 
-    task: Task
+    task: Task | None
+    """Of all samples; None in a pack that holds both."""
     tokens: torch.Tensor
     """int64 [b, s]: ids; 0 at image-feature and padding positions."""
     labels: torch.Tensor
     """int64 [b, s]: the id to predict AT this position (already shifted left by one); IGNORE_INDEX elsewhere."""
     position_ids: torch.Tensor
-    """int64 [b, s]: 0 … s-1, counting through the image features."""
+    """int64 [b, s]: 0, 1, … through the image features; packed samples each start at 0 again."""
     image_mask: torch.Tensor
     """bool [b, s]: True where an image feature goes; row-major order equals (image, feature) order."""
     pixel_values: torch.Tensor
     """float32 [n, 3, height, width], CLIP-normalised; n may be 0."""
+    image_tasks: tuple[Task, ...] = ()
+    """Task of each of the n images, in a pack of both tasks."""
+    token_tasks: torch.Tensor | None = None
+    """uint8 [b, s]: `Task.code` of each position, in a pack of both tasks."""
+    boundaries: tuple[int, ...] = ()
+    """Start of each packed sample, and s: padding belongs to the last one. Empty without packing."""
     sample_ids: list[str]
     num_supervised_tokens: int
     """Positions with a label, in this micro-batch."""
     num_content_tokens: int
     """Positions that hold text, image features or VQ tokens: b * s less the padding."""
+    image_features: torch.Tensor | None = None
+    """[n, p, c] from the feature cache, of `task`'s depth; then pixel_values is empty and the tower is not run."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of the samples."""
+        return TASKS if self.task is None else (self.task,)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the micro-batch, as pixels or as features."""
+        return len(self.pixel_values if self.image_features is None else self.image_features)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy with every tensor on `device`."""
@@ -110,4 +131,6 @@ class MicroBatch:
             position_ids=self.position_ids.to(device),
             image_mask=self.image_mask.to(device),
             pixel_values=self.pixel_values.to(device),
+            token_tasks=None if self.token_tasks is None else self.token_tasks.to(device),
+            image_features=None if self.image_features is None else self.image_features.to(device),
         )

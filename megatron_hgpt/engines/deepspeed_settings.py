@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_hgpt.config import RunConfig
+from megatron_hgpt.model.transformer_impl import LOCAL, resolve_transformer_impl
 
 ENGINES = ("megatron", "deepspeed")
 _PLACES = ("none", "cpu")
@@ -63,6 +64,11 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
             f"engine.offload_parameters=cpu needs engine.zero_stage=3, it is {engine.zero_stage}: the other stages do "
             "not shard the weights"
         )
+    if config.training.precision == "fp8" or config.model.transformer_impl == "transformer_engine":
+        yield (
+            f"engine.name=deepspeed runs on local layers, but training.precision={config.training.precision} and "
+            f"model.transformer_impl={config.model.transformer_impl}; use bf16 or fp32, and local"
+        )
     if config.optimizer.megatron_overrides:
         yield "optimizer.megatron_overrides need engine.name=megatron; DeepSpeed's fields go into engine.overrides"
     if engine.zero_stage == 3 and config.logging.sample_images_interval_steps:
@@ -77,6 +83,11 @@ def missing_requirements(config: RunConfig) -> Iterator[str]:
     """What this machine lacks for the engine, as messages."""
     if config.engine.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         yield "engine.name=deepspeed needs the package deepspeed: DS_BUILD_OPS=0 pip install -e '.[deepspeed]'"
+    if config.engine.name == "deepspeed" and resolve_transformer_impl(config.model, config.training) != LOCAL:
+        yield (
+            f"engine.name=deepspeed runs on local layers, but model.transformer_impl={config.model.transformer_impl} "
+            "chooses Transformer Engine here; set model.transformer_impl=local"
+        )
 
 
 def _override_problems(config: RunConfig) -> Iterator[str]:

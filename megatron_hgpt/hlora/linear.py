@@ -1,6 +1,7 @@
 """Megatron's parallel linears with H-LoRA plugins beside the frozen weight.
 
-They subclass the base linears, so that base weights keep Megatron's names. Activations are [s, b, h]; T is the
+They subclass the base linears, so that base weights keep Megatron's names. The branch lives in mixins, which the local
+linears here and Transformer Engine's (`te_linear`) share. Activations are [s, b, h]; T is the
 tensor-parallel size; sequence parallelism (SP) shards s over T.
 
 Column (QKV, FC1)   P replicated, runs on the local tokens of the norm output; only u is gathered: [s, b, r] and never
@@ -14,7 +15,7 @@ Under SP the gradients of replicated factors (P of column, B of row) are sums ov
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,17 +36,20 @@ from megatron_hgpt.config import HLoRAPluginConfig
 from megatron_hgpt.data.samples import Task
 from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
 
+ActivePlugin = tuple[HLoRAPlugin, torch.Tensor | None]
+"""A plugin to run, and the tokens (bool [s], this rank's) it works on; None is all."""
 
-class HLoRALinearMixin:
+
+class HLoRALinearMixin(nn.Module):
     """Plugins of one linear and the choice among them; see `HLoRATransformerLayer` for who sets `active_task`."""
 
     hlora: nn.ModuleDict
     active_task: Task | None
+    token_tasks: torch.Tensor | None
     sequence_parallel: bool
     tp_group: Any
     config: Any
     weight: nn.Parameter
-    state_dict: Any
 
     def _add_plugins(
         self,
@@ -57,7 +61,7 @@ class HLoRALinearMixin:
         replicated: str,
     ) -> None:
         """Create the plugins; `replicated` names the factor that every rank holds whole ("lora_p" or "lora_b")."""
-        self.active_task = None
+        self.active_task, self.token_tasks = None, None
         self.hlora = nn.ModuleDict()
         for task, config in plugins.items():
             plugin = HLoRAPlugin(
@@ -75,10 +79,14 @@ class HLoRALinearMixin:
                     set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
             self.hlora[task.value] = plugin
 
-    def _active_plugin(self) -> HLoRAPlugin | None:
-        if self.active_task is None or self.active_task.value not in self.hlora:
-            return None
-        return cast(HLoRAPlugin, self.hlora[self.active_task.value])
+    def _active_plugins(self) -> list[ActivePlugin]:
+        if self.token_tasks is None:
+            tasks = [] if self.active_task is None else [self.active_task]
+            return [(cast(HLoRAPlugin, self.hlora[task]), None) for task in tasks if task in self.hlora]
+        mine = self.token_tasks
+        if self.sequence_parallel:
+            mine = mine.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return [(cast(HLoRAPlugin, self.hlora[task]), mine == task.code) for task in Task if task in self.hlora]
 
     def _rng_context(self) -> Any:
         # Under SP every rank drops other tokens; without, all ranks see the same tokens and must agree on the mask.
@@ -98,76 +106,120 @@ class HLoRALinearMixin:
         )
 
 
-class HLoRAColumnParallelLinear(HLoRALinearMixin, ColumnParallelLinear):
-    """`ColumnParallelLinear` (QKV, FC1) with H-LoRA."""
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _split(joined: torch.Tensor, widths: list[int]) -> Sequence[torch.Tensor]:
+    return [joined] if len(widths) == 1 else joined.split(widths, dim=-1)
+
+
+class HLoRAColumnMixin(HLoRALinearMixin):
+    """The branch of a column-parallel linear (QKV, FC1); goes in front of the base class.
+
+    Args:
+        input_size, output_size: full (unsharded) features; `kwargs` go to the base class.
+        hlora_plugins: plugins by task.
+        hlora_layout: how the branch is cut.
+    """
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        output_size: int,
+        *,
         hlora_plugins: Mapping[Task, HLoRAPluginConfig],
         hlora_layout: BranchLayout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(input_size, output_size, **kwargs)
         self._add_plugins(
             hlora_plugins,
             hlora_layout,
-            input_size=self.input_size,
+            input_size=input_size,
             output_divisor=self.tp_group.size(),
             replicated="lora_p",
         )
 
+    def gathered_u(self, active: Sequence[ActivePlugin], input_: torch.Tensor) -> torch.Tensor:
+        """u of all tokens, [s, b, sections, r], from the local ones of the linear's input, [s/T or s, b, in].
+
+        Two plugins stand side by side on the rank axis, so that one gather serves both.
+        """
+        u = _join([plugin.gate(plugin.project(input_), self._rng_context, tokens) for plugin, tokens in active])
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(u, group=self.tp_group)  # backward: reduce-scatter
+        return copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # backward: all-reduce
+
+    def add_branches(self, output: torch.Tensor, active: Sequence[ActivePlugin], u: torch.Tensor) -> torch.Tensor:
+        """The base linear's output plus what every plugin makes of its share of `gathered_u`: [s, b, out/T]."""
+        for (plugin, _), part in zip(active, _split(u, [p.config.lora_rank for p, _ in active]), strict=True):
+            output = output + plugin.expand(part, self.tp_group.size())
+        return output
+
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s/T or s, b, in] to [s, b, out/T]."""
-        plugin = self._active_plugin()
-        if plugin is None:
+        active = self._active_plugins()
+        if not active:
             return super().forward(input_, *args, **kwargs)
-        u = plugin.gate(plugin.project(input_), self._rng_context)  # [s/T or s, b, sections, r]
-        if self.sequence_parallel:
-            u = gather_from_sequence_parallel_region(u, group=self.tp_group)  # backward: reduce-scatter
-        else:
-            u = copy_to_tensor_model_parallel_region(u, group=self.tp_group)  # backward: all-reduce
+        u = self.gathered_u(active, input_)
         output, bias = super().forward(input_, *args, **kwargs)
-        return output + plugin.expand(u, self.tp_group.size()), bias
+        return self.add_branches(output, active, u), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Base weight and bias sharded on axis 0, B on axis 0, P replicated."""
+        """Base weight and bias sharded on axis 0, P replicated, B on axis 0."""
         return self._sharded_state_dict({"weight": 0, "bias": 0}, prefix, sharded_offsets, metadata)
 
 
-class HLoRARowParallelLinear(HLoRALinearMixin, RowParallelLinear):
-    """`RowParallelLinear` (attention projection, FC2) with H-LoRA."""
+class HLoRARowMixin(HLoRALinearMixin):
+    """The branch of a row-parallel linear (attention projection, FC2); arguments as `HLoRAColumnMixin`."""
 
     def __init__(
         self,
-        *args: Any,
+        input_size: int,
+        output_size: int,
+        *,
         hlora_plugins: Mapping[Task, HLoRAPluginConfig],
         hlora_layout: BranchLayout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(input_size, output_size, **kwargs)
         self._add_plugins(
             hlora_plugins,
             hlora_layout,
-            input_size=self.input_size_per_partition,
+            input_size=input_size // self.tp_group.size(),
             output_divisor=1,
             replicated="lora_b",
         )
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in/T] to [s/T or s, b, out]."""
-        plugin = self._active_plugin()
-        if plugin is None:
+        active = self._active_plugins()
+        if not active:
             return super().forward(input_)
-        z = plugin.project(input_)  # [s, b, sections, r + k]: partial over T
+        z = _join([plugin.project(input_) for plugin, _ in active])  # [s, b, sections, r + k]: partial over T
         if self.sequence_parallel:
             z = reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
         else:
             z = reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
-        delta = plugin.expand(plugin.gate(z, self._rng_context), 1)
+        widths = [plugin.config.lora_rank + plugin.config.num_experts for plugin, _ in active]
+        deltas = [
+            plugin.expand(plugin.gate(part, self._rng_context, tokens), 1)
+            for (plugin, tokens), part in zip(active, _split(z, widths), strict=True)
+        ]
         output, bias = super().forward(input_)
-        return output + delta, bias
+        for delta in deltas:
+            output = output + delta
+        return output, bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Base weight sharded on axis 1, P on axis 1, B replicated."""
         return self._sharded_state_dict({"weight": 1}, prefix, sharded_offsets, metadata)
+
+
+class HLoRAColumnParallelLinear(HLoRAColumnMixin, ColumnParallelLinear):
+    """`ColumnParallelLinear` (QKV, FC1) with H-LoRA."""
+
+
+class HLoRARowParallelLinear(HLoRARowMixin, RowParallelLinear):
+    """`RowParallelLinear` (attention projection, FC2) with H-LoRA."""

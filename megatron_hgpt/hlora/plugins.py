@@ -85,8 +85,14 @@ class HLoRAPlugin(nn.Module):
         """z = x P^T: [..., sections, r + k]; a partial sum where x is sharded on features."""
         return F.linear(x, self.lora_p).unflatten(-1, (self.layout.num_sections, -1))
 
-    def gate(self, z: torch.Tensor, rng_context: Callable) -> torch.Tensor:
-        """u [..., sections, r] from complete (reduced) z; `rng_context` opens the generator dropout draws from."""
+    def gate(self, z: torch.Tensor, rng_context: Callable, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """u [s, b, sections, r] from complete (reduced) z.
+
+        Args:
+            z: [s, b, sections, r + k].
+            rng_context: opens the generator that dropout draws from.
+            token_mask: bool [s], the tokens this plugin works on; u is 0 at the others. None is all.
+        """
         mask = None
         if self.training and self.dropout > 0.0:
             keep = 1.0 - self.dropout
@@ -94,6 +100,9 @@ class HLoRAPlugin(nn.Module):
                 mask = torch.empty(*z.shape[:-1], self.config.lora_rank, dtype=z.dtype, device=z.device)
                 mask.bernoulli_(keep)
             mask.div_(keep)
+        if token_mask is not None:
+            mine = token_mask.to(z.dtype)[:, None, None, None].expand(*z.shape[:-1], self.config.lora_rank)
+            mask = mine if mask is None else mask * mine
         return gate(z, self.config.lora_rank, self.scale, mask)
 
     def expand(self, u: torch.Tensor, tp_size: int) -> torch.Tensor:

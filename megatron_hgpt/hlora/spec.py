@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +26,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_hgpt.config import HLoRAPluginConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.data.samples import MicroBatch, Task
+from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hlora.attention import SDPACoreAttention
 from megatron_hgpt.hlora.linear import HLoRAColumnParallelLinear, HLoRALinearMixin, HLoRARowParallelLinear
 from megatron_hgpt.hlora.plugins import BranchLayout
+from megatron_hgpt.model.names import FUSED_NORM_PREFIXES
+from megatron_hgpt.model.transformer_impl import LOCAL, TRANSFORMER_ENGINE
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.backbone import BackboneShape
@@ -39,12 +43,34 @@ class TaskRouting(PackedSeqParams):
     """The task of a micro-batch, travelling where Megatron carries packed-sequence parameters."""
 
     task: Task | None = None
-    """The plugin to run; None runs the bare backbone."""
+    """The plugin to run; None runs the bare backbone, or with `token_tasks` both."""
+    token_tasks: torch.Tensor | None = None
+    """uint8 [s]: `Task.code` of every token (unsharded), in a pack of both tasks."""
+    boundaries: tuple[int, ...] = ()
+    """`cu_seqlens_q` on the host: start of each packed sample, and s. Empty without packing."""
 
     @classmethod
     def of(cls, task: Task | None, sequence_length: int) -> TaskRouting:
         """Routing of an unpacked micro-batch; `sequence_length` (tokens, unsharded) sizes the rotary table."""
         return cls(task=task, max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length)
+
+    @classmethod
+    def of_batch(cls, batch: MicroBatch) -> TaskRouting:
+        """Routing of a micro-batch, packed (Megatron's thd format, one row) or not."""
+        if not batch.boundaries:
+            return cls.of(batch.task, batch.tokens.shape[1])
+        longest = max(end - start for start, end in pairwise(batch.boundaries))
+        ends = torch.tensor(batch.boundaries, dtype=torch.int32, device=batch.tokens.device)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            task=batch.task,
+            token_tasks=None if batch.token_tasks is None else batch.token_tasks[0],
+            boundaries=batch.boundaries,
+        )
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -65,11 +91,11 @@ class HLoRATransformerLayer(TransformerLayer):
     def forward(
         self, *args: Any, packed_seq_params: TaskRouting | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `TransformerLayer.forward`; `packed_seq_params` brings the task and goes no further (no packing)."""
-        task = None if packed_seq_params is None else packed_seq_params.task
+        """As `TransformerLayer.forward`; `packed_seq_params` brings the tasks, and goes further only with packing."""
+        routing = TaskRouting() if packed_seq_params is None else packed_seq_params
         for linear in self._hlora_linears:
-            linear.active_task = task
-        return super().forward(*args, packed_seq_params=None, **kwargs)
+            linear.active_task, linear.token_tasks = routing.task, routing.token_tasks
+        return super().forward(*args, packed_seq_params=routing if routing.boundaries else None, **kwargs)
 
 
 def linear_layouts(shape: BackboneShape) -> dict[str, BranchLayout]:
@@ -93,21 +119,74 @@ def linear_layouts(shape: BackboneShape) -> dict[str, BranchLayout]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerModules:
+    """The classes one implementation builds a decoder layer from."""
+
+    qkv: type
+    fc1: type
+    row: type
+    """Attention projection and FC2."""
+    core_attention: type
+    norm_before_linear: type
+    """In front of QKV and FC1; an identity where those linears hold the norm themselves."""
+    final_norm: type
+    keys_map: Mapping[str, str]
+    """Prefixes within a layer of checkpoint keys -> what files call them."""
+
+
+def layer_modules(transformer_impl: str) -> LayerModules:
+    """The classes of ``local`` or ``transformer_engine``; the latter must be installed.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if transformer_impl == LOCAL:
+        return LayerModules(
+            qkv=HLoRAColumnParallelLinear,
+            fc1=HLoRAColumnParallelLinear,
+            row=HLoRARowParallelLinear,
+            core_attention=SDPACoreAttention,
+            norm_before_linear=SequenceParallelRMSNorm,
+            final_norm=SequenceParallelRMSNorm,
+            keys_map={},
+        )
+    if transformer_impl == TRANSFORMER_ENGINE:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+        from megatron_hgpt.hlora import te_linear
+
+        return LayerModules(
+            qkv=te_linear.HLoRATELayerNormColumnParallelLinear,
+            fc1=te_linear.HLoRATELayerNormColumnParallelLinear,
+            row=te_linear.HLoRATERowParallelLinear,
+            core_attention=TEDotProductAttention,
+            norm_before_linear=IdentityOp,
+            final_norm=TENorm,
+            keys_map=FUSED_NORM_PREFIXES,
+        )
+    raise ConfigError(f"TransformerConfig.transformer_impl={transformer_impl!r} has no H-LoRA layers; use local")
+
+
 def hlora_block_spec(
     config: TransformerConfig,
     shape: BackboneShape,
     plugins: Mapping[Task, HLoRAPluginConfig],
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The decoder block: local (torch) modules, H-LoRA on QKV, projection, FC1 and FC2.
+    """The decoder block of `config.transformer_impl`, H-LoRA on QKV, projection, FC1 and FC2.
 
     Args:
         config: Megatron's transformer configuration.
         shape: the backbone, which decides how each branch is cut.
         plugins: plugins to hang on every linear; may be empty.
         vp_stage: model chunk of this pipeline stage under the interleaved schedule.
+
+    Raises:
+        ConfigError: an implementation without H-LoRA layers.
     """
     layouts = linear_layouts(shape)
+    modules = layer_modules(config.transformer_impl)
 
     def linear(name: str, module: type) -> ModuleSpec:
         return ModuleSpec(module=module, params={"hlora_plugins": plugins, "hlora_layout": layouts[name]})
@@ -115,30 +194,30 @@ def hlora_block_spec(
     layer = ModuleSpec(
         module=HLoRATransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=SequenceParallelRMSNorm,
+            input_layernorm=modules.norm_before_linear,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linear("linear_qkv", HLoRAColumnParallelLinear),
-                    core_attention=SDPACoreAttention,
-                    linear_proj=linear("linear_proj", HLoRARowParallelLinear),
+                    linear_qkv=linear("linear_qkv", modules.qkv),
+                    core_attention=modules.core_attention,
+                    linear_proj=linear("linear_proj", modules.row),
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=SequenceParallelRMSNorm,
+            pre_mlp_layernorm=modules.norm_before_linear,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=linear("linear_fc1", HLoRAColumnParallelLinear),
-                    linear_fc2=linear("linear_fc2", HLoRARowParallelLinear),
+                    linear_fc1=linear("linear_fc1", modules.fc1), linear_fc2=linear("linear_fc2", modules.row)
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(modules.keys_map),
         ),
     )
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=SequenceParallelRMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=modules.final_norm
     )

@@ -49,6 +49,8 @@ class StepRecord:
     num_tokens: int
     """Content tokens that went through the model, image features included, padding excluded."""
     num_samples: int
+    padding_share: float
+    """Share of the positions that went through the model and hold padding, 0 … 1."""
     learning_rates: dict[str, float]
     """Parameter group -> learning rate used in this step; ``default`` and ``adapter``."""
     grad_norm: float

@@ -123,6 +123,7 @@ def _as_json(stage: str, record: StepRecord, *, elapsed_s: float) -> dict[str, A
         "num_supervised_tokens": record.num_supervised_tokens,
         "num_tokens": record.num_tokens,
         "num_samples": record.num_samples,
+        "padding_share": round(record.padding_share, 4),
         "step_time_s": round(record.step_time_s, 6),
         "elapsed_s": round(elapsed_s, 3),
     }

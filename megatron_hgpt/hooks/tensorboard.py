@@ -53,6 +53,7 @@ class TensorBoardHook(Hook):
             "grad_norm": record.grad_norm,
             "throughput/tokens_per_s": record.tokens_per_s,
             "throughput/step_time_s": record.step_time_s,
+            "throughput/padding_share": record.padding_share,
         }
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, record.step)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.model.transformer_impl import keeps_bf16_parameters, transformer_settings
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -191,7 +192,7 @@ def transformer_config(
 
     check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
     check_override_names("model.transformer_overrides", model.transformer_overrides, TransformerConfig)
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if keeps_bf16_parameters(training) else torch.float32
     # What other sections decide; an override of these would run a slightly different model, or none.
     decided: dict[str, Any] = {
         "num_layers": shape.num_layers,
@@ -208,7 +209,8 @@ def transformer_config(
         "add_qkv_bias": shape.qkv_bias,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "bf16": training.precision == "bf16",
+        "bf16": keeps_bf16_parameters(training),
+        **transformer_settings(model, training),
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,

@@ -23,6 +23,7 @@ from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config
+from megatron_hgpt.model.context_parallel import shard
 from megatron_hgpt.model.language_model import Backbone
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.stages import group_of
@@ -44,6 +45,7 @@ class HealthGPT(MegatronModule):
         pre_process: holds tower, adapters and embedding: the first stage.
         post_process: holds the final norm and the head: the last stage.
         vp_stage: number of the chunk under the interleaved schedule.
+        with_tower: False where every micro-batch carries features from the cache.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class HealthGPT(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        with_tower: bool = True,
     ) -> None:
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
@@ -66,12 +69,15 @@ class HealthGPT(MegatronModule):
         self.vocabulary = Vocabulary.from_config(config.model)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.adapters = nn.ModuleDict()
+        self.tower: HVPTower | None = None
         if pre_process:
-            self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
-            self.tower.to(device=device, dtype=transformer.params_dtype)
+            if with_tower:
+                self.tower = HVPTower.from_config(config.model.vision, list(plugins) or list(TASKS))
+                self.tower.to(device=device, dtype=transformer.params_dtype)
+            width = self.tower.hidden_size if self.tower is not None else config.model.vision.hf_config["hidden_size"]
             for task in plugins or TASKS:
                 self.adapters[task.value] = VisionAdapter(
-                    self.tower.hidden_size, shape.hidden_size, dtype=transformer.params_dtype, device=device
+                    width, shape.hidden_size, dtype=transformer.params_dtype, device=device
                 )
         self.language_model = Backbone(
             transformer,
@@ -95,10 +101,15 @@ class HealthGPT(MegatronModule):
     def image_features(self, pixel_values: torch.Tensor, task: Task) -> torch.Tensor:
         """Adapted features [n, p, h] of images [n, 3, height, width].
 
-        The frozen tower computes each image once: the images are split over the tensor-parallel ranks and the
-        features gathered. The adapter then runs on all of them, alike on every rank.
+        The frozen tower computes each image once: the images are split over the tensor- and context-parallel ranks
+        and the features gathered. The adapter then runs on all of them, alike on every rank.
+
+        Raises:
+            DataError: the model was built without its tower.
         """
-        group = self.pg_tp
+        if self.tower is None:
+            raise DataError("pictures reached a model without its tower; unset data.feature_cache, or use it for them")
+        group = parallel_state.get_tensor_and_context_parallel_group()
         size, rank = group.size(), group.rank()
         pixel_values = pixel_values.to(self.config.params_dtype)
         if size == 1:
@@ -111,7 +122,7 @@ class HealthGPT(MegatronModule):
             gathered = mine.new_empty(per_rank * size, *mine.shape[1:])
             torch.distributed.all_gather_into_tensor(gathered, mine, group=group)
             features = gathered[:num_images]
-        return self.adapters[task.value](features)
+        return self._adapt(features, task)
 
     @property
     def layer_offset(self) -> int:
@@ -149,11 +160,17 @@ class HealthGPT(MegatronModule):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Losses of the supervised positions [m], fp32, in (token, sample) order; hidden states before the last stage.
 
-        Every pipeline stage is given the whole micro-batch: its task decides the plugin everywhere.
+        Every pipeline stage is given the whole micro-batch: its task decides the plugin everywhere. Context-parallel
+        ranks each return the losses at their own positions.
         """
+        routing = TaskRouting.of_batch(batch)
+        features = self._features_of(batch) if self.pre_process else None
+        context = parallel_state.get_context_parallel_group()
+        if context.size() > 1:
+            batch, index = shard(batch, context.rank(), context.size())
+            features = None if features is None else features.flatten(0, 1)[index].unsqueeze(1)
         embedded = None
         if self.pre_process:
-            features = self.image_features(batch.pixel_values, batch.task) if batch.pixel_values.shape[0] else None
             embedded = self.embed(batch.tokens, batch.position_ids, batch.image_mask, features)
         return self.language_model(
             input_ids=batch.tokens,
@@ -161,8 +178,33 @@ class HealthGPT(MegatronModule):
             attention_mask=None,
             decoder_input=embedded,
             labels=batch.labels,
-            packed_seq_params=TaskRouting.of(batch.task, batch.tokens.shape[1]),
+            packed_seq_params=routing,
         )
+
+    def _features_of(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Adapted features [n, p, h] of the micro-batch's images, each at the depth and with the adapter of its task.
+
+        Features from the cache need the adapter only. None without images.
+        """
+        cached = batch.image_features
+        images = batch.pixel_values if cached is None else cached.to(self.config.params_dtype)
+        adapt = self.image_features if cached is None else self._adapt
+        if not images.shape[0]:
+            return None
+        if batch.task is not None:
+            return adapt(images, batch.task)
+        parts, places = [], []
+        for task in batch.tasks:
+            mine = [i for i, image_task in enumerate(batch.image_tasks) if image_task is task]
+            if mine:
+                parts.append(adapt(images[mine], task))
+                places += mine
+        order = torch.tensor(places, device=images.device).argsort()
+        return torch.cat(parts)[order]
+
+    def _adapt(self, features: torch.Tensor, task: Task) -> torch.Tensor:
+        adapted: torch.Tensor = self.adapters[task.value](features)
+        return adapted
 
     def decode(
         self,
@@ -224,7 +266,11 @@ def build_model(
 
 
 def build_model_chunks(
-    config: RunConfig, device: torch.device, *, dropout: dict[Task, float | None] | None = None
+    config: RunConfig,
+    device: torch.device,
+    *,
+    dropout: dict[Task, float | None] | None = None,
+    with_tower: bool = True,
 ) -> list[HealthGPT]:
     """This pipeline stage's part of a HealthGPT, initialised (by name) and, where folders are given, loaded.
 
@@ -232,6 +278,7 @@ def build_model_chunks(
         config: the run's configuration.
         device: where parameters live.
         dropout: H-LoRA dropout per task that overrides the plugins' own (a stage's choice).
+        with_tower: False leaves the tower out: micro-batches carry features from the cache.
 
     Returns:
         One model, or one per virtual pipeline stage.
@@ -254,6 +301,7 @@ def build_model_chunks(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
+            with_tower=with_tower,
         )
         _fill(model, config)
         chunks.append(model.to(device))

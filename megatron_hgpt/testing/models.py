@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from megatron_hgpt.config import (
     VocabularyConfig,
     VQConfig,
 )
-from megatron_hgpt.data.samples import IGNORE_INDEX, MicroBatch, Task
+from megatron_hgpt.data.collate import ExpandedSample, collate_packed
+from megatron_hgpt.data.samples import IGNORE_INDEX, EncodedSample, MicroBatch, Task
 from megatron_hgpt.model.initialization import canonical_name, generator_for
 
 TEXT_SIZE, NUM_CODES, NUM_INDICES = 96, 16, 4
@@ -99,23 +101,64 @@ def make_micro_batch(name: str, task: Task, *, num_samples: int = 2, length: int
     )
 
 
+def pack_micro_batches(batches: Sequence[MicroBatch], *, pad_to_multiple: int = 1) -> MicroBatch:
+    """The samples of padded micro-batches as one packed row, each cut behind its last label: the losses stay."""
+    samples = []
+    for batch in batches:
+        assert batch.task is not None
+        for row, sample_id in enumerate(batch.sample_ids):
+            length = int((batch.labels[row] != IGNORE_INDEX).nonzero().max()) + 1
+            expanded = ExpandedSample(
+                sample_id=sample_id,
+                tokens=batch.tokens[row, :length],
+                labels=batch.labels[row, :length],
+                image_mask=batch.image_mask[row, :length],
+                pixel_values=[batch.pixel_values[row]],
+                features=[],
+                is_truncated=False,
+            )
+            stored = EncodedSample(
+                sample_id=sample_id, task=batch.task, tokens=expanded.tokens, loss_mask=expanded.image_mask, images=[]
+            )
+            samples.append((stored, expanded))
+    return collate_packed(samples, image_size=IMAGE_SIZE, pad_to_multiple=pad_to_multiple)
+
+
 class FixedLoader:
-    """Stands for the real loader: micro-batches named by (step, index), split over data-parallel ranks like it does."""
+    """Stands for the real loader: micro-batches named by (step, index), split over data-parallel ranks like it does.
+
+    With packing the same samples come as rows: a micro-batch each (by_task), or two, of both tasks where the stage
+    has both (mixed).
+    """
 
     steps_per_epoch = 100
 
-    def __init__(self, tasks: tuple[Task, ...], *, num_micro_batches: int, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self,
+        tasks: tuple[Task, ...],
+        *,
+        num_micro_batches: int,
+        dp_rank: int,
+        dp_size: int,
+        packing: str = "none",
+        pad_to_multiple: int = 1,
+    ) -> None:
         self.tasks, self.num_micro_batches = tasks, num_micro_batches
         self.dp_rank, self.dp_size, self.step = dp_rank, dp_size, 0
+        self.per_row = {"none": 0, "by_task": 1, "mixed": 2}[packing]
+        self.pad_to_multiple = pad_to_multiple
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches."""
         batches = [
             make_micro_batch(f"step {self.step} micro-batch {i}", self.tasks[(self.step + i) % len(self.tasks)])
-            for i in range(self.dp_rank, self.num_micro_batches, self.dp_size)
+            for i in range(self.num_micro_batches)
         ]
+        if self.per_row:
+            groups = [batches[i : i + self.per_row] for i in range(0, len(batches), self.per_row)]
+            batches = [pack_micro_batches(group, pad_to_multiple=self.pad_to_multiple) for group in groups]
         self.step += 1
-        return batches
+        return batches[self.dp_rank :: self.dp_size]
 
     def state_dict(self) -> dict[str, int]:
         """Position."""

@@ -8,6 +8,8 @@ only the blocks it needs: one of 24 for generation. transformers' CLIPVisionMode
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,14 +63,10 @@ class HVPTower(nn.Module):
         """
         _check_keys(vision)
         clip = _load(Path(vision.tower), vision) if vision.tower else _random(vision)
-        depths = {
-            Task.COMPREHENSION: vision.comprehension_hidden_state,
-            Task.GENERATION: vision.generation_hidden_state,
-        }
         if not tasks:
             raise ConfigError("the vision tower needs at least one task")
         num_layers = int(clip.config.num_hidden_layers)
-        return cls(clip, {task: _blocks_for(task, depths[task], num_layers) for task in tasks})
+        return cls(clip, {task: _blocks_for(task, _depth(vision, task), num_layers) for task in tasks})
 
     def train(self, mode: bool = True) -> HVPTower:
         """Stay in evaluation mode: the tower is frozen in every stage."""
@@ -105,6 +103,40 @@ def _check_keys(vision: VisionConfig) -> None:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"model.vision.hf_config.{key} is not a field of CLIP's vision configuration{hint}")
+
+
+def num_blocks_of(vision: VisionConfig, task: Task) -> int:
+    """Blocks that run for `task`, from the configuration alone.
+
+    Raises:
+        ConfigError: a depth outside the tower.
+    """
+    return _blocks_for(task, _depth(vision, task), int(vision.hf_config["num_hidden_layers"]))
+
+
+def tower_hash(vision: VisionConfig) -> str:
+    """Identity of the tower's weights, without building it: sha256 over its folder's config.json and safetensors.
+
+    A tower that is drawn at random is identified by its configuration, its seed and torch's version.
+
+    Raises:
+        CheckpointError: the folder lacks config.json or safetensors.
+    """
+    if vision.tower is None:
+        drawn = [vision.hf_config, _RANDOM_SEED, torch.__version__]
+        return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+    files = [Path(vision.tower) / "config.json", *sorted(Path(vision.tower).glob("*.safetensors"))]
+    if len(files) < 2 or not files[0].is_file():
+        raise CheckpointError(f"model.vision.tower={vision.tower} lacks config.json or safetensors")
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _depth(vision: VisionConfig, task: Task) -> int:
+    return vision.comprehension_hidden_state if task is Task.COMPREHENSION else vision.generation_hidden_state
 
 
 def _blocks_for(task: Task, index: int, num_layers: int) -> int:

@@ -1,12 +1,16 @@
 """H-LoRA's parallel linears against the formula in fp64: output and every gradient, at TP 1, 2, 4, with and without SP.
 
 Two faults that no shape or first-step loss would show are put in on purpose, and must be seen.
+
+Transformer Engine's linears run too, on tests/fake_te, which says what that proves and what it does not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,12 +43,12 @@ def draw(name: str, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator_for(name, 7), dtype=torch.float64)
 
 
-def reference(kind: str, parts: tuple[int, ...], sections: int, groups: int, tp: int) -> dict[str, torch.Tensor]:
-    """The unsharded layer by the formula, with gradients of a fixed random projection of its output."""
+def reference(x: torch.Tensor, parts: tuple[int, ...], sections: int, groups: int, tp: int) -> dict[str, torch.Tensor]:
+    """The unsharded layer by the formula on x, with gradients of a fixed random projection of its output."""
     from megatron_hgpt.hlora.maths import hlora_delta
 
     tensors = {
-        "x": draw("x", S, B, IN),
+        "x": x,
         "weight": draw("w", sum(parts), IN),
         "p": draw("p", sections * (RANK + K), IN),
         **{f"b{i}": draw(f"b{i}", size, RANK) for i, size in enumerate(parts)},
@@ -79,17 +83,32 @@ def gate_before_reduction(branch: Any, sp: bool) -> Iterator[None]:
     reduce, gate = getattr(linear, name), branch.gate
     with (
         mock.patch.object(linear, name, lambda z, group: reduce(gate(z, contextlib.nullcontext), group=group)),
-        mock.patch.object(branch, "gate", lambda u, _rng_context: u),
+        mock.patch.object(branch, "gate", lambda u, _rng_context, _token_mask: u),
     ):
         yield
 
 
-def run_case(name: str, tp: int, sp: bool, fault: str | None) -> float:
+LOCAL, TE, TE_NORM = "local", "Transformer Engine", "Transformer Engine, norm fused"
+
+
+def linear_class(implementation: str, kind: str) -> type:
+    from megatron_hgpt.hlora import linear
+
+    if implementation == LOCAL:
+        return linear.HLoRAColumnParallelLinear if kind == "column" else linear.HLoRARowParallelLinear
+    from megatron_hgpt.hlora import te_linear
+
+    if kind == "row":
+        return te_linear.HLoRATERowParallelLinear
+    fused, plain = te_linear.HLoRATELayerNormColumnParallelLinear, te_linear.HLoRATEColumnParallelLinear
+    return fused if implementation == TE_NORM else plain
+
+
+def run_case(name: str, implementation: str, tp: int, sp: bool, fault: str | None) -> float:
     """Largest deviation of the parallel layer from the formula on this rank."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_hgpt.hlora import linear
     from megatron_hgpt.hlora.plugins import BranchLayout
 
     kind, parts, sections, groups = CASES[name]
@@ -97,14 +116,14 @@ def run_case(name: str, tp: int, sp: bool, fault: str | None) -> float:
     config = TransformerConfig(
         num_layers=1, hidden_size=IN, num_attention_heads=HEADS, num_query_groups=KV, params_dtype=torch.float64,
         tensor_model_parallel_size=tp, sequence_parallel=sp, use_cpu_initialization=True, perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False, normalization="RMSNorm",
     )  # fmt: skip
     layout = BranchLayout(part_sizes=parts, num_sections=sections, interleave_groups=groups)
     plugin = HLoRAPluginConfig(lora_rank=RANK, alpha=2.0, num_experts=K, dropout=0.0)
     extra = {"gather_output": False} if kind == "column" else {"input_is_parallel": True}
-    cls = linear.HLoRAColumnParallelLinear if kind == "column" else linear.HLoRARowParallelLinear
-    layer = cls(
+    layer = linear_class(implementation, kind)(
         IN, sum(parts), config=config, init_method=torch.nn.init.zeros_, bias=False, skip_bias_add=True, **extra,
+        is_expert=False,
         hlora_plugins={Task.COMPREHENSION: plugin}, hlora_layout=layout,
     )  # fmt: skip
     layer.active_task = Task.COMPREHENSION
@@ -120,9 +139,20 @@ def run_case(name: str, tp: int, sp: bool, fault: str | None) -> float:
         for i, b in enumerate(branch.lora_b):
             b.copy_(part(draw(f"b{i}", parts[i], RANK), out_dim))
     layer.weight.requires_grad_(False)
-    expected = reference(kind, parts, sections, groups, tp)
-
     x = draw("x", S, B, IN)
+    if kind == "column" and implementation == TE_NORM:
+        with torch.no_grad():
+            layer.layer_norm_weight.copy_(draw("norm", IN))
+        layer.layer_norm_weight.requires_grad_(False)
+        raw = x.clone().requires_grad_()
+        normalised = torch.nn.functional.rms_norm(raw, (IN,), draw("norm", IN), config.layernorm_epsilon)
+        expected = reference(normalised.detach(), parts, sections, groups, tp)
+        normalised.backward(expected["dx"])
+        expected["dx"] = raw.grad
+    else:
+        expected = reference(x, parts, sections, groups, tp)
+        x = x.detach()
+
     x = (shard(x, 0, tp, rank) if sp else x) if kind == "column" else shard(x, 2, tp, rank)
     x = x.clone().requires_grad_()
     with gate_before_reduction(branch, sp) if fault == GATE_FIRST and kind == "row" else contextlib.nullcontext():
@@ -147,13 +177,16 @@ def run_case(name: str, tp: int, sp: bool, fault: str | None) -> float:
     return max(float(difference.abs().max()) for difference in differences)
 
 
-def run_cases(tp: int, fault: str | None) -> dict[str, float]:
+def run_cases(tp: int, fault: str | None, implementations: tuple[str, ...] = (LOCAL,)) -> dict[str, float]:
+    if implementations != (LOCAL,):
+        sys.path.insert(0, str(Path(__file__).parents[1] / "fake_te"))
     from megatron_hgpt import distributed
 
     distributed.initialize(ParallelConfig(tensor_model_parallel_size=tp), seed=1)
     return {
-        f"{name}, SP {'on' if sp else 'off'}": run_case(name, tp, sp, fault)
+        f"{name}, {implementation}, SP {'on' if sp else 'off'}": run_case(name, implementation, tp, sp, fault)
         for name in CASES
+        for implementation in implementations
         for sp in ((False, True) if tp > 1 else (False,))
     }
 
@@ -163,6 +196,20 @@ def test_output_and_gradients_equal_the_formula(tp: int) -> None:
     for deviations in run_ranks(run_cases, tp, tp, None):
         assert len(deviations) == len(CASES) * (2 if tp > 1 else 1)
         assert {name: value for name, value in deviations.items() if value > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_transformer_engines_linears_equal_the_formula(tp: int) -> None:
+    for deviations in run_ranks(run_cases, tp, tp, None, (TE, TE_NORM)):
+        assert len(deviations) == 2 * len(CASES) * (2 if tp > 1 else 1)
+        assert {name: value for name, value in deviations.items() if value > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("fault", [NO_FLAG, GATE_FIRST])
+def test_faults_in_transformer_engines_linears_are_seen(fault: str) -> None:
+    for deviations in run_ranks(run_cases, 2, 2, fault, (TE, TE_NORM)):
+        faulty = "SP on" if fault == NO_FLAG else "row"
+        assert all(value > 1e-3 for name, value in deviations.items() if faulty in name)
 
 
 def test_a_missing_sequence_parallel_flag_is_seen() -> None:

@@ -23,7 +23,7 @@ RELATIVE = 1e-5
 RELATIVE_OF = {"TP2 x PP2 + SP": 2e-5, "TP4 + SP": 2e-5}
 NUM_STEPS = 5
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any], str | None]] = {
+LAYOUTS: dict[str, tuple[Any, ...]] = {
     "TP2": (2, {"tensor_model_parallel_size": 2}, None),
     "TP2 + SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, None),
     "TP4 + SP": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, None),
@@ -44,8 +44,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str | None]] = {
     "DP2 + distributed optimizer": (2, {"use_distributed_optimizer": True}, None),
     "full recompute": (1, {}, "full"),
     "selective recompute": (1, {}, "selective"),
+    "packed": (1, {}, None, "by_task"),
+    "TP2 x DP2 + SP, packed": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, None, "by_task"),
+    "TP2 + SP, tasks packed together": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, None, "mixed"),
+    "TP2, tasks packed together": (2, {"tensor_model_parallel_size": 2}, None, "mixed"),
+    "PP2, full recompute, tasks packed together": (2, {"pipeline_model_parallel_size": 2}, "full", "mixed"),
+    "CP2": (2, {"context_parallel_size": 2}, None),
+    "CP2 x TP2 + SP": (
+        4,
+        {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        None,
+    ),
+    "CP2 x PP2, full recompute": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, "full"),
 }
-"""Name -> processes, `parallel` section, `training.recompute`. Tasks alternate between micro-batches."""
+"""Name -> processes, `parallel` section, `training.recompute`, `data.packing` (none unless given). Tasks alternate
+between micro-batches; packed, the same samples come in rows."""
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +67,10 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_backbone(root / family, family, num_layers=4) for family in ("phi3", "llama")}
 
 
-def build_trainer(config: Any, context: Any, *, loader_tasks: tuple[Task, ...] | None = None) -> Any:
+def build_trainer(config: Any, context: Any, *, packing: str = "none") -> Any:
     from megatron_hgpt.checkpoint import Checkpointer
     from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
+    from megatron_hgpt.model.transformer_impl import sequence_multiple
     from megatron_hgpt.stages import resolve_stage
     from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero
     from megatron_hgpt.trainer import Trainer
@@ -67,8 +81,9 @@ def build_trainer(config: Any, context: Any, *, loader_tasks: tuple[Task, ...] |
         make_b_nonzero(model)
     freeze_except(models, stage.trainable)
     loader = FixedLoader(
-        loader_tasks or stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size
-    )
+        stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size, packing=packing,
+        pad_to_multiple=sequence_multiple(config.parallel, config.training),
+    )  # fmt: skip
     return Trainer(
         config=config, stage=stage, context=context, models=models, loader=loader,
         total_steps=int(config.training.num_steps),
@@ -77,7 +92,11 @@ def build_trainer(config: Any, context: Any, *, loader_tasks: tuple[Task, ...] |
 
 
 def train_stages(
-    backbones: dict[str, Path], folder: Path, parallel: ParallelConfig, recompute: str | None = None
+    backbones: dict[str, Path],
+    folder: Path,
+    parallel: ParallelConfig,
+    recompute: str | None = None,
+    packing: str = "none",
 ) -> dict[str, list[float]]:
     """(loss, gradient norm) of every step of every stage."""
     from megatron_hgpt import distributed
@@ -91,7 +110,7 @@ def train_stages(
                 recompute=recompute,
             )  # fmt: skip
             config = tiny_config(backbones[family], folder / stage, parallel=parallel, training=training)
-            trainer = build_trainer(config, context)
+            trainer = build_trainer(config, context, packing=packing)
             records = [trainer.train_step() for _ in range(NUM_STEPS)]
             curves[f"{family} {stage}"] = [value for r in records for value in (r.loss, r.grad_norm)]
     return curves
@@ -106,9 +125,9 @@ def unsharded(backbones: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 def test_layout_gives_the_unsharded_losses_and_gradient_norms(
     layout: str, backbones: dict[str, Path], unsharded: dict[str, list[float]], tmp_path: Path
 ) -> None:
-    world_size, parallel, recompute = LAYOUTS[layout]
+    world_size, parallel, *rest = LAYOUTS[layout]
     assert len(unsharded) == len(STAGES) + 1
-    for curves in run_ranks(train_stages, world_size, backbones, tmp_path, ParallelConfig(**parallel), recompute):
+    for curves in run_ranks(train_stages, world_size, backbones, tmp_path, ParallelConfig(**parallel), *rest):
         for name, expected in unsharded.items():
             assert curves[name] == pytest.approx(expected, rel=RELATIVE_OF.get(layout, RELATIVE)), name
 

@@ -71,6 +71,39 @@ def test_a_second_run_has_nothing_left_to_train(demo: Path) -> None:
     assert (demo / "stage2" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("packing", ["by_task", "mixed"])
+def test_packing_fills_rows_of_2048_with_real_content(packing: str, demo: Path, tmp_path: Path) -> None:
+    """Tokens per step, against the same rows with one sample each, padded to 2048."""
+    run(
+        "bash", ROOT / "examples" / "pretrain_hgpt.sh", "--config", demo / "stage3.yaml", f"output_dir={tmp_path}",
+        "data.mixture={}", f"data.packing={packing}",
+        "data.pack_length=2048", "training.micro_batch_size=1", "training.global_batch_size=2", "training.num_steps=2",
+        "logging.sample_images_interval_steps=0",
+    )  # fmt: skip
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        padded = 2 * step["num_tokens"] / step["num_samples"]  # two rows of one sample
+        assert step["num_tokens"] >= 1.8 * padded
+        assert step["padding_share"] < 0.01
+
+
+@pytest.mark.parametrize("samples", ["0", "3"], ids=["without the tower", "with sample pictures"])
+def test_cached_features_give_the_same_losses(samples: str, demo: Path, tmp_path: Path) -> None:
+    run(sys.executable, ROOT / "tools" / "cache_features.py", "--config", demo / "stage3.yaml")
+    run(
+        "bash", ROOT / "examples" / "pretrain_hgpt.sh", "--config", demo / "stage3.yaml", f"output_dir={tmp_path}",
+        "data.feature_cache=features", "training.num_steps=3", f"logging.sample_images_interval_steps={samples}",
+        "logging.num_sample_images=2", *SMALL,
+    )  # fmt: skip
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (demo / "stage3", tmp_path)
+    ]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(list((tmp_path / "samples").rglob("*.png"))) == (2 if samples == "3" else 0)
+
+
 def test_one_question_and_one_picture(demo: Path, tmp_path: Path) -> None:
     records = json.loads((demo / "assets" / "vl_health_mini" / "test.json").read_text())
     image = demo / "assets" / "vl_health_mini" / records[0]["image"]

@@ -55,6 +55,14 @@ def test_the_presets_are_the_issue_s() -> None:
     assert {"tiny", "healthgpt_m3", "healthgpt_l14", "healthgpt_xl32"} <= set(preset_names())
 
 
+def test_an_empty_mapping_clears_a_field_but_not_a_section(tmp_path: Path) -> None:
+    file = write(tmp_path, "run.yaml", "data: {mixture: {comprehension: 2}}\ntraining: {seed: 2}\n")
+    config = load_config(file, ["data.mixture={}", "training={}"])
+    assert config.data.mixture == {}
+    assert config.training.seed == 2
+    assert load_config(file, ["data.mixture={generation: 1}"]).data.mixture == {"comprehension": 2, "generation": 1}
+
+
 def test_values_of_overrides_are_yaml() -> None:
     config = load_config(
         None,

@@ -62,6 +62,13 @@ REPLACED = {
         o = Float16OptimizerWithFloat16Params(torch.optim.SGD([p], lr=1.0), config, None, None)
         assert o.fp32_from_float16_groups[0][0].dtype == torch.float32
         """,
+    "a context-parallel rank finds its rotary angles": """
+        import torch
+        from megatron.core.models.common.embeddings import rotary_pos_embedding
+        group = type("Group", (), {"size": lambda self: 2, "rank": lambda self: 1})()
+        angles = torch.arange(8).view(8, 1)
+        assert rotary_pos_embedding.get_pos_emb_on_this_cp_rank(angles, 0, group).flatten().tolist() == [2, 3, 4, 5]
+        """,
     "causal masks are built on the CPU": """
         from megatron.core.transformer.utils import get_default_causal_mask
         assert get_default_causal_mask(3).tolist() == [[False, True, True], [False, False, True], [False] * 3]

@@ -26,7 +26,8 @@ for name in OPTIONAL:
     sys.modules[name] = None
 import megatron_hgpt
 for module in pkgutil.walk_packages(megatron_hgpt.__path__, "megatron_hgpt."):
-    if module.name != "megatron_hgpt.hlora.gate_triton":  # kernels: imported where Triton is
+    # Imported only where Triton, or Transformer Engine, is.
+    if module.name not in ("megatron_hgpt.hlora.gate_triton", "megatron_hgpt.hlora.te_linear"):
         importlib.import_module(module.name)
         print(module.name)
 """

@@ -8,9 +8,10 @@ import pytest
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import load_config
+from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.stages import STAGES
-from megatron_hgpt.validation import data_parallel_size, describe, global_batch_size, validate
+from megatron_hgpt.validation import data_parallel_size, global_batch_size, validate
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))
@@ -42,7 +43,13 @@ def test_the_base_of_these_tests_is_valid() -> None:
          "virtual_pipeline_model_parallel_size=4 must be at least 2 and divide the layers of each stage (2)"),
         (2, ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2",
              "training.global_batch_size=3"], "3 micro-batches per rank: the interleaved schedule needs a multiple"),
-        (2, ["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported"),
+        (1, ["parallel.context_parallel_size=0"], "parallel.context_parallel_size=0 must be a number of at least 1"),
+        (2, ["parallel.context_parallel_size=2", "data.packing=mixed"], "cannot be shared by parallel.context_parall"),
+        (1, ["data.packing=some"], "data.packing='some' is unknown; use one of none, by_task, mixed"),
+        (1, ["data.pack_length=4096"], "data.pack_length=4096 has no effect without packing"),
+        (1, ["data.packing=by_task", "training.micro_batch_size=2"], "micro_batch_size=2 must be 1 with data.packing"),
+        (1, ["data.packing=by_task", "data.pack_length=100"], "data.pack_length=100 is below model.max_seq_length="),
+        (1, ["data.packing=mixed", "data.mixture={comprehension: 1, generation: 1}"], "pack by_task"),
         (1, ["parallel.sequence_parallel=true"], "sequence_parallel=true needs parallel.tensor_model_parallel_size"),
         (1, ["model.hlora.generation.lora_rank=30"], "generation.lora_rank=30 must be a positive multiple of num_exp"),
         (1, ["model.hlora.generation.num_experts=0"], "must be a positive multiple of num_experts=0"),
@@ -57,7 +64,13 @@ def test_the_base_of_these_tests_is_valid() -> None:
         (1, ["training.num_steps=null"], "set exactly one of"),
         (1, ["training.num_steps=0"], "training.num_steps=0 must be positive"),
         (1, ["training.num_steps=null", "training.num_epochs=-1"], "training.num_epochs=-1.0 must be positive"),
-        (1, ["training.precision=fp8"], "training.precision='fp8' is unknown; use one of bf16, fp32"),
+        (1, ["training.precision=fp16"], "training.precision='fp16' is unknown; use one of bf16, fp32, fp8"),
+        (1, ["model.transformer_impl=te"], "model.transformer_impl='te' is unknown; use one of auto, local, tra"),
+        (
+            1,
+            ["training.precision=fp8", "model.transformer_impl=local"],
+            "training.precision=fp8 needs Transformer Engine, but model.transformer_impl=local; set",
+        ),
         (1, ["training.recompute=some"], "training.recompute='some' is unknown"),
         (1, ["training.stage=stage4"], "training.stage='stage4' is unknown; use one of stage1_comprehension"),
         (1, ["training.new_rows=some"], "training.new_rows='some' is unknown; use rows, full or none"),

@@ -26,6 +26,7 @@ def _record(step: int, **changes: Any) -> StepRecord:
         "num_supervised_tokens": 60,
         "num_tokens": 200,
         "num_samples": 2,
+        "padding_share": 0.25,
         "learning_rates": {"default": 1e-3, "adapter": 1e-4},
         "grad_norm": 0.5,
         "step_time_s": 0.1,

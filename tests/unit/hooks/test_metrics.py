@@ -29,6 +29,7 @@ def test_a_record_holds_the_documented_fields(make_state, run_steps, tmp_path) -
         "num_supervised_tokens": 60,
         "num_tokens": 200,
         "num_samples": 2,
+        "padding_share": 0.25,
         "step_time_s": 0.1,
     }
 

@@ -1,0 +1,175 @@
+"""The vision feature cache: what the frozen tower says of a dataset's pictures, computed once.
+
+A sub-folder of the dataset folder, memory-mapped:
+
+    <task>.bin         [pictures, p, c] in `dtype`: features at the task's depth, each distinct picture once
+    <task>_rows.npy    int64, one entry per image of the dataset: its row; -1 not cached, -2 - i skipped (reason i)
+    manifest.json      dataset and tower it belongs to, depths, sizes, dtype, counts, skips, bytes of each file
+
+It is written under a temporary name and renamed when it is complete. Shapes: p tokens per image, c tower width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_hgpt.config import RunConfig, VisionConfig
+from megatron_hgpt.data.mmap_format import MANIFEST, sha256_of
+from megatron_hgpt.data.samples import Task
+from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.vision.clip import num_blocks_of, tower_hash
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+NOT_CACHED = -1
+"""Row of an image whose task reads another depth."""
+FIRST_SKIP = -2
+"""Row of an image that could not be decoded, less the index of its reason."""
+DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
+    "fp32": (torch.float32, np.float32),
+    "fp16": (torch.float16, np.float16),
+    "bf16": (torch.bfloat16, np.int16),  # NumPy has no bfloat16: the bits
+}
+"""Name -> type of the features, and what NumPy stores them as."""
+_TOOL = "tools/cache_features.py --overwrite writes it again"
+
+
+def describe_tower(vision: VisionConfig) -> dict[str, Any]:
+    """What a cache must have been made with, besides its dataset.
+
+    Raises:
+        ConfigError: a size is not in `model.vision.hf_config`, or a depth is outside the tower.
+        CheckpointError: the tower's folder holds no weights.
+    """
+    for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
+        if key not in vision.hf_config:
+            raise ConfigError(f"model.vision.hf_config.{key} is not set: copy it from the tower's config.json")
+    return {
+        "tower_sha256": tower_hash(vision),
+        "image_size": vision.hf_config["image_size"],
+        "num_image_tokens": vision.num_image_tokens,
+        "hidden_size": vision.hf_config["hidden_size"],
+        "num_blocks": {task.value: num_blocks_of(vision, task) for task in Task},
+    }
+
+
+def read_cache_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a cache after comparing the sizes of its files.
+
+    Raises:
+        DataError: not a cache, another schema version, or a file that is missing or cut.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+        files = manifest["files"] if version == SCHEMA_VERSION else {}
+        sizes = {name: int(size) for name, size in files.items()}
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} is not a feature cache (no {MANIFEST}); tools/cache_features.py writes one"
+        ) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"{path} is not the manifest of a feature cache ({error!r}); {_TOOL}") from error
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; {_TOOL}")
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else "no"
+        if found != size:
+            raise DataError(f"{file}: {found} bytes, {MANIFEST} says {size}; {_TOOL}")
+    return manifest
+
+
+class FeatureCache:
+    """Features of one dataset's images, through memory maps.
+
+    Args:
+        folder: the cache.
+        dataset: the dataset folder that it must belong to.
+        tower: `describe_tower` of the model.
+        tasks: whose depths are needed.
+
+    Raises:
+        DataError: damaged, or of another dataset, tower, depth or size; the difference is named.
+    """
+
+    def __init__(self, folder: Path, *, dataset: Path, tower: dict[str, Any], tasks: Sequence[Task]) -> None:
+        self.folder = folder
+        self.manifest = read_cache_manifest(folder)
+        self._check("dataset_sha256", self.manifest.get("dataset_sha256"), sha256_of(dataset / MANIFEST))
+        for name in ("tower_sha256", "image_size", "num_image_tokens", "hidden_size"):
+            self._check(name, self.manifest.get(name), tower[name])
+        self._dtype, stored = DTYPES[self.manifest["dtype"]]
+        self._rows: dict[Task, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        self._features: dict[Task, np.ndarray[Any, Any]] = {}
+        for task in tasks:
+            count = self.manifest["pictures"][task.value]
+            if count:
+                found, wanted = self.manifest["num_blocks"][task.value], tower["num_blocks"][task.value]
+                self._check(f"depth of {task.value} (blocks of the tower)", found, wanted)
+            shape = (count, tower["num_image_tokens"], tower["hidden_size"])
+            self._rows[task] = np.load(folder / f"{task.value}_rows.npy", allow_pickle=False)
+            # An empty file cannot be mapped.
+            self._features[task] = (
+                np.memmap(folder / f"{task.value}.bin", stored, "r", shape=shape) if count else np.empty(shape, stored)
+            )
+
+    def _check(self, what: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            raise DataError(
+                f"{self.folder}: {what} of the feature cache is {found!r}, the run needs {wanted!r}; {_TOOL}"
+            )
+
+    def read(self, numbers: Sequence[int], task: Task) -> list[torch.Tensor]:
+        """Features [p, c] in the stored type of the images with these numbers in the dataset.
+
+        Raises:
+            SkipSample: an image could not be decoded when the cache was written; the same reason as then.
+            DataError: an image is not in the cache.
+        """
+        features = []
+        for number in numbers:
+            row = int(self._rows[task][number])
+            if row == NOT_CACHED:
+                raise DataError(f"{self.folder}: image {number} is not cached at the depth of {task.value}; {_TOOL}")
+            if row <= FIRST_SKIP:
+                reason = self.manifest["skip_reasons"][FIRST_SKIP - row]
+                raise SkipSample(reason, f"{self.folder}: image {number} could not be decoded")
+            copied = torch.from_numpy(np.array(self._features[task][row]))
+            features.append(copied.view(self._dtype))
+        return features
+
+
+def open_caches(config: RunConfig, folders: Sequence[str], tasks: Sequence[Task]) -> list[FeatureCache | None]:
+    """The cache of each dataset folder, or None for each where `data.feature_cache` is not set.
+
+    Raises:
+        DataError: as `FeatureCache`.
+        ConfigError, CheckpointError: as `describe_tower`.
+    """
+    name = config.data.feature_cache
+    if name is None:
+        return [None] * len(folders)
+    tower = describe_tower(config.model.vision)
+    caches = [FeatureCache(Path(f) / name, dataset=Path(f), tower=tower, tasks=tasks) for f in folders]
+    for cache in caches:
+        precisions = {cache.manifest["dtype"], cache.manifest["computed_in"]}
+        if precisions != {config.training.precision}:
+            logger.warning(
+                "%s was computed in %s and is stored as %s, training.precision is %s: losses differ from those of "
+                "the pictures by the rounding",
+                cache.folder,
+                cache.manifest["computed_in"],
+                cache.manifest["dtype"],
+                config.training.precision,
+            )
+    return list(caches)

@@ -1,0 +1,82 @@
+"""The text of a dry run: what a configuration resolves to, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.config_io import dump
+from megatron_hgpt.model.parameter_counts import count_parameters
+from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.stages import Stage, resolve_stage
+from megatron_hgpt.validation import data_parallel_size, global_batch_size
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """What ``--dry-run`` prints: resolved configuration, parameters per group, batch arithmetic. Starts nothing."""
+    stage = resolve_stage(config.training)
+    dp_size, total = data_parallel_size(config, world_size), global_batch_size(config)
+    micro = config.training.micro_batch_size
+    lines = ["# resolved configuration", dump(config).rstrip(), "", "# parameters", ""]
+    counts = count_parameters(config.model)
+    vocabulary = Vocabulary.from_config(config.model)
+    trained_total = 0
+    for group, count in counts.items():
+        is_vocabulary = group in ("embeddings", "head")
+        trained = count if group in stage.trainable or (is_vocabulary and "vocabulary" in stage.trainable) else 0
+        note = "trainable" if trained else "frozen"
+        if is_vocabulary and "new_rows" in stage.trainable:
+            trained = (vocabulary.size - vocabulary.text_size) * (count // vocabulary.padded_size)
+            note = f"trainable: {trained:,} in the VQ rows"
+        trained_total += trained
+        lines.append(f"{group:<22}{count:>18,}  {note}")
+    every = sum(counts.values())
+    lines += [
+        f"{'all':<22}{every:>18,}  {trained_total:,} trainable ({trained_total / max(every, 1):.2%})",
+        "",
+        "# batch arithmetic",
+        "",
+        f"processes                       {world_size}",
+        f"tensor parallel size            {config.parallel.tensor_model_parallel_size}"
+        f"{' with sequence parallelism' if config.parallel.sequence_parallel else ''}",
+        f"pipeline parallel size          {_pipeline(config)}",
+        f"context parallel size           {config.parallel.context_parallel_size}",
+        f"data parallel size              {dp_size}",
+        f"samples per optimizer step      {total}",
+        f"micro-batches per rank          {total // (micro * dp_size)} of {micro} samples",
+        f"tokens per optimizer step       at most {total * config.model.max_seq_length:,}",
+        f"length of the run               {_length(config, stage, total)}",
+        "learning rates                  "
+        + ", ".join(
+            f"{group} {stage.lr_of(group, config.optimizer.lr, config.optimizer.adapter_lr):g}"
+            for group in stage.trainable
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _pipeline(config: RunConfig) -> str:
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    return f"{config.parallel.pipeline_model_parallel_size}" + (f", {chunks} chunks each" if chunks else "")
+
+
+def _length(config: RunConfig, stage: Stage, total: int) -> str:
+    """Steps, or epochs with their steps where the manifests say how many samples there are."""
+    training = config.training
+    if training.num_epochs is None:
+        return f"{training.num_steps} steps"
+    manifests = [Path(folder) / "manifest.json" for folder in config.data.train]
+    if config.data.mixture or not manifests or not all(path.is_file() for path in manifests):
+        return f"{training.num_epochs:g} epochs"
+    try:
+        per_task = [json.loads(path.read_text(encoding="utf-8"))["counts"]["per_task"] for path in manifests]
+        samples = [sum(int(counts.get(task.value, 0)) for counts in per_task) for task in stage.tasks]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{training.num_epochs:g} epochs (unreadable manifest in data.train: {error!r})"
+    micro = training.micro_batch_size
+    if config.data.packing != "none":
+        return f"{training.num_epochs:g} epochs of {sum(samples):,} samples in packed rows"
+    steps = -(-sum(-(-count // micro) for count in samples) // (total // micro))  # micro-batches hold one task each
+    steps = max(1, round(training.num_epochs * steps))
+    return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {steps:,} steps"
