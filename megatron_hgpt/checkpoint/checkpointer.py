@@ -138,8 +138,9 @@ class Checkpointer:
             yield
         except CheckpointException as error:
             reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            reasons = reasons or "the first rank says why"
             raise CheckpointError(
-                f"cannot write a checkpoint to {self.directory} ({reasons or 'the first rank says why'}); the newest complete one there is intact. "
+                f"cannot write a checkpoint to {self.directory} ({reasons}); the newest complete one there is intact. "
                 "Make room or mend the disk, and start again to resume from it"
             ) from error
 
