@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import tiny_config, write_backbone
+from megatron_hgpt.testing.training import build_trainer
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -30,13 +31,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_backbone(tmp_path_factory.mktemp("backbone") / "phi3")
 
 
-def build_trainer(backbone: Path, folder: Path, parallel: dict[str, Any], *, total_steps: int = 4) -> Any:
+def make_trainer(backbone: Path, folder: Path, parallel: dict[str, Any], hooks: Sequence[Any] = ()) -> Any:
     from megatron_hgpt import distributed
-    from megatron_hgpt.checkpoint import Checkpointer
-    from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
-    from megatron_hgpt.stages import resolve_stage
-    from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero
-    from megatron_hgpt.trainer import Trainer
 
     layout = ParallelConfig(**parallel)
     context = distributed.initialize(layout, seed=1)
@@ -45,16 +41,7 @@ def build_trainer(backbone: Path, folder: Path, parallel: dict[str, Any], *, tot
     )
     checkpoint = CheckpointConfig(save_interval_steps=2, keep_last=0, async_save=True)
     config = tiny_config(backbone, folder, parallel=layout, training=training, checkpoint=checkpoint)
-    stage = resolve_stage(config.training)
-    models = build_model_chunks(config, context.device)
-    for model in models:
-        make_b_nonzero(model)
-    freeze_except(models, stage.trainable)
-    return Trainer(
-        config=config, stage=stage, context=context, models=models, total_steps=total_steps,
-        loader=FixedLoader(stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size),
-        checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
-    )  # fmt: skip
+    return build_trainer(config, context, hooks=hooks)
 
 
 def save(trainer: Any) -> None:
@@ -77,7 +64,7 @@ def held_back(go: Path) -> Callable[[int], None]:
 
 def train_while_writing(backbone: Path, folder: Path, parallel: dict[str, Any]) -> None:
     """Save, train on while the writer is held back, let it go; the checkpoint holds the weights of the save."""
-    trainer = build_trainer(backbone, folder, parallel)
+    trainer = make_trainer(backbone, folder, parallel)
     go, checkpointer = folder / "go", trainer.checkpointer
     for _ in range(2):
         trainer.train_step()
@@ -113,7 +100,7 @@ def fail_to_write(backbone: Path, folder: Path) -> str:
     """What each rank says when the disk fails the second one's writer."""
     from megatron_hgpt.errors import CheckpointError
 
-    trainer = build_trainer(backbone, folder, {"tensor_model_parallel_size": 2})
+    trainer = make_trainer(backbone, folder, {"tensor_model_parallel_size": 2})
     trainer.train_step()
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     with mock.patch.object(os, "fsync", full if torch.distributed.get_rank() == 1 else os.fsync):
@@ -132,11 +119,11 @@ def test_a_failed_write_is_an_error_and_leaves_no_checkpoint(backbone: Path, tmp
     assert not list((tmp_path / "checkpoints").glob("step_00000001"))
 
 
-def fit(backbone: Path, folder: Path) -> tuple[list[str], list[float]]:
+def fit(backbone: Path, folder: Path, tensor_parallel: int = 2) -> tuple[list[str], list[float]]:
     """Names of the checkpoints announced to hooks, and the losses."""
     from megatron_hgpt.hooks.base import Hook
 
-    trainer = build_trainer(backbone, folder, {"tensor_model_parallel_size": 2})
+    trainer = make_trainer(backbone, folder, {"tensor_model_parallel_size": tensor_parallel})
     announced: list[str] = []
     losses: list[float] = []
 
@@ -165,11 +152,47 @@ def test_a_run_announces_every_checkpoint_and_resumes(backbone: Path, tmp_path: 
         assert losses == pytest.approx(whole[0][1][2:], rel=1e-6)
 
 
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor in a checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_hgpt import distributed
+
+    distributed.initialize(ParallelConfig(), seed=1)
+    return {
+        name: tuple(tensor.global_shape)
+        for name, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()
+    }
+
+
+def test_shards_make_whole_tensors_of_all_that_trains_and_of_nothing_frozen(backbone: Path, tmp_path: Path) -> None:
+    shapes = []
+    for size in (1, 2):
+        run_ranks(fit, size, backbone, tmp_path / str(size), size)
+        shapes += run_ranks(saved_shapes, 1, tmp_path / str(size) / "checkpoints" / "step_00000004")
+    assert shapes[0] == shapes[1]
+    model = {name: shape for name, shape in shapes[0].items() if not name.startswith("optimizer.")}
+    plugins = {name: shape for name, shape in model.items() if ".hlora." in name}
+    # Two plugins on four linears: P of each, B for q, k, v | out | gate, up | out. Layers are stacked in one tensor.
+    assert len(plugins) == 2 * (4 + 3 + 1 + 2 + 1)
+    assert {shape[0] for shape in plugins.values()} == {2}
+    assert {name.split(".")[0] for name in model} == {"language_model", "adapters"}
+    rest = model.keys() - plugins.keys()
+    assert sum(name.startswith("adapters.") for name in rest) == 2 * 4  # two linears each, weight and bias
+    assert {name for name in rest if not name.startswith("adapters.")} == {
+        "language_model.embedding.word_embeddings.weight",
+        "language_model.output_layer.weight",
+    }
+    # AdamW: two moments (and here no fp32 copy: the weights are fp32) of what stage 3 trains.
+    trained = len(plugins) + 2 * 4
+    assert sum(name.startswith("optimizer.") for name in shapes[0]) == 2 * trained
+
+
 def load_on(backbone: Path, folder: Path, checkpoint: Path) -> str:
     from megatron_hgpt.checkpoint import load_weights
     from megatron_hgpt.errors import CheckpointError
 
-    trainer = build_trainer(backbone, folder, {})
+    trainer = make_trainer(backbone, folder, {})
     try:
         load_weights(trainer.models, trainer.config, [str(checkpoint)])
     except CheckpointError as error:

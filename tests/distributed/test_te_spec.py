@@ -21,6 +21,7 @@ from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TrainingConfi
 from megatron_hgpt.data.samples import Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import make_micro_batch, tiny_config, write_backbone
+from megatron_hgpt.testing.training import build_trainer
 
 # fp32, as in test_training_parity: another order of sums, amplified by Adam where a gradient is near zero.
 RELATIVE = 1e-5
@@ -62,34 +63,17 @@ def train(
     """(loss, gradient norm) of the steps up to `last_step`, from the newest checkpoint in `folder` if there is one."""
     with stand_in():
         from megatron_hgpt import distributed
-        from megatron_hgpt.checkpoint import Checkpointer
         from megatron_hgpt.hooks.base import Hook
-        from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
-        from megatron_hgpt.stages import resolve_stage
-        from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero
-        from megatron_hgpt.trainer import Trainer
 
         context = distributed.initialize(ParallelConfig(**parallel), seed=1)
         config = make_config(backbone, folder, parallel, impl)
-        stage = resolve_stage(config.training)
-        models = build_model_chunks(config, context.device)
-        for model in models:
-            make_b_nonzero(model)
-        freeze_except(models, stage.trainable)
         curve: list[float] = []
 
         class Recorder(Hook):
             def on_step_end(self, state: Any, record: Any) -> None:
                 curve.extend((record.loss, record.grad_norm))
 
-        Trainer(
-            config=config, stage=stage, context=context, models=models, total_steps=last_step, hooks=[Recorder()],
-            loader=FixedLoader(
-                stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size, packing=packing,
-                pad_to_multiple=2,
-            ),
-            checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
-        ).fit()  # fmt: skip
+        build_trainer(config, context, total_steps=last_step, packing=packing, hooks=[Recorder()]).fit()
         return curve
 
 
