@@ -176,7 +176,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
         *torchrun, str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(demo / "stage3.yaml"), *SMALL,
-        "training.num_steps=40", "checkpoint.save_interval_steps=4", "logging.sample_images_interval_steps=0",
+        "training.num_steps=20", "checkpoint.save_interval_steps=4", "logging.sample_images_interval_steps=0",
         "model.hlora.generation.dropout=0.1",
     ]  # fmt: skip
     run(*command, f"output_dir={tmp_path / 'whole'}")
@@ -192,12 +192,12 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (killed / "checkpoints" / "step_00000040").exists(), "killed too late to show anything"
+    assert not (killed / "checkpoints" / "step_00000020").exists(), "killed too late to show anything"
     run(*command, f"output_dir={killed}")
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
-    (whole,) = run_ranks(plain_tensors, 1, tmp_path / "whole" / "checkpoints" / "step_00000040")
-    (resumed,) = run_ranks(plain_tensors, 1, killed / "checkpoints" / "step_00000040")
+    assert steps == list(range(1, 21))
+    (whole,) = run_ranks(plain_tensors, 1, tmp_path / "whole" / "checkpoints" / "step_00000020")
+    (resumed,) = run_ranks(plain_tensors, 1, killed / "checkpoints" / "step_00000020")
     assert whole.keys() == resumed.keys()
     assert any(".hlora." in name for name in whole)
     different = [
