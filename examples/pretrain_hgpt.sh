@@ -7,8 +7,8 @@
 #   bash examples/pretrain_hgpt.sh --config examples/configs/….yaml k.s=v     starts torchrun itself
 #   torchrun --nproc-per-node 2 examples/pretrain_hgpt.sh --config … k.s=v    torchrun runs this file with Python
 #
-# Environment, for the second way: NPROC_PER_NODE (default: the GPUs, or on a CPU the configuration's tensor parallel
-# size), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON.
+# Environment, for the second way: NPROC_PER_NODE (default: the GPUs, or on a CPU one replica of the
+# model: tensor x pipeline x context), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"

@@ -221,6 +221,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    async_save: bool = False
+    """Go on training while a forked process per rank writes; the folder gets its name a few steps later."""
     resume: bool = True
     """Continue from the newest complete checkpoint in `directory` when there is one."""
     init_from: list[str] = field(default_factory=list)

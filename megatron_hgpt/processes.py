@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from megatron_hgpt.cli import parse_args
@@ -17,15 +18,21 @@ def processes_per_node(argv: list[str]) -> int:
     import torch
 
     config, _ = parse_args(argv)
-    tensor, gpus = config.parallel.tensor_model_parallel_size, torch.cuda.device_count()
-    if gpus == 0 or tensor < 1:  # validation refuses the latter, in its own words
-        return max(tensor, 1)
-    if gpus < tensor:
+    parallel, gpus = config.parallel, torch.cuda.device_count()
+    sizes = {
+        name: getattr(parallel, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    }
+    replica = math.prod(sizes.values())
+    if gpus == 0 or replica < 1:  # validation refuses the latter, in its own words
+        return max(replica, 1)
+    if gpus < replica:
+        product = " x ".join(f"parallel.{name}={size}" for name, size in sizes.items() if size > 1)
         raise ConfigError(
-            f"parallel.tensor_model_parallel_size={tensor} needs {tensor} GPUs, this machine has {gpus}; lower it (and "
-            "set parallel.sequence_parallel=false at 1), or set NPROC_PER_NODE and NNODES for several machines"
+            f"{product} needs {replica} GPUs, this machine has {gpus}; lower it (and set "
+            "parallel.sequence_parallel=false at tensor size 1), or set NPROC_PER_NODE and NNODES for several machines"
         )
-    return gpus // tensor * tensor
+    return gpus // replica * replica
 
 
 if __name__ == "__main__":

@@ -132,7 +132,10 @@ class Trainer:
                 stop = self._agree_to_stop()
                 due = self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
                 if due or stop or self.step == self.total_steps:
-                    self._save()
+                    self.checkpointer.save(
+                        self.models, self.engine, step=self.step, loader_state=self.loader.state_dict()
+                    )
+                self._announce_checkpoints(wait=stop or self.step == self.total_steps)
                 if stop:
                     logger.warning("stopped by a signal after step %d; start again to resume", self.step)
                     break
@@ -214,10 +217,10 @@ class Trainer:
         self.scheduler.step(0)
         logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
 
-    def _save(self) -> None:
-        path = self.checkpointer.save(self.models, self.engine, step=self.step, loader_state=self.loader.state_dict())
-        for hook in self.hooks:
-            hook.on_checkpoint_saved(self.state, path)
+    def _announce_checkpoints(self, *, wait: bool) -> None:
+        for path in self.checkpointer.published(wait=wait):
+            for hook in self.hooks:
+                hook.on_checkpoint_saved(self.state, path)
 
     def _listen_for_termination(self) -> dict[int, Any]:
         """Finish the step and save on SIGTERM and SIGINT (Slurm, Ctrl-C); a second signal ends the process at once."""

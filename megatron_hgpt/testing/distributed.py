@@ -19,8 +19,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _entry(rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple) -> None:
+def _context(fresh: bool) -> Any:
+    """How ranks start: forked from a server that has the imports done; spawned where that is asked for, or unsafe."""
+    if fresh or torch.cuda.is_available():  # CUDA does not survive a fork
+        return torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_hgpt.testing.preloaded"])
+    return context
+
+
+def _entry(
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Any,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    os.environ.clear()  # the server has that of its own start
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -39,14 +58,17 @@ def _entry(rank: int, world_size: int, port: int, results: Any, function: Callab
         distributed.shutdown()
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Call ``function(*args)`` in `world_size` spawned processes with torchrun's environment.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0, fresh: bool = False
+) -> list[Any]:
+    """Call ``function(*args)`` in `world_size` new processes with torchrun's environment.
 
     Args:
         function: importable (module level); its result must pickle (move tensors out as numpy or CPU clones).
         world_size: processes.
         args: passed to every rank.
         timeout_s: seconds until the run counts as hung.
+        fresh: processes in which megatron.core is not imported yet.
 
     Returns:
         The ranks' results in rank order.
@@ -54,11 +76,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         AssertionError: a rank raised (its traceback is the message), died or did not finish in time.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = _context(fresh)
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_entry, args=(rank, world_size, port, results, function, args))
+        context.Process(target=_entry, args=(rank, world_size, port, results, dict(os.environ), function, args))
         for rank in range(world_size)
     ]
     for process in processes:

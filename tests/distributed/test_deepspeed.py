@@ -19,7 +19,8 @@ import torch
 from megatron_hgpt.config import CheckpointConfig, EngineConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_hgpt.data.samples import MicroBatch, Task
 from megatron_hgpt.testing.distributed import run_ranks
-from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero, tiny_config, write_backbone
+from megatron_hgpt.testing.models import FixedLoader, tiny_config, write_backbone
+from megatron_hgpt.testing.training import build_trainer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: make test-deepspeed installs it"
@@ -61,21 +62,8 @@ class LoaderWithTextOnly(FixedLoader):
         return batches
 
 
-def build_trainer(config: RunConfig, context: Any) -> Any:
-    from megatron_hgpt.checkpoint import Checkpointer
-    from megatron_hgpt.model.healthgpt import build_model, freeze_except
-    from megatron_hgpt.stages import resolve_stage
-    from megatron_hgpt.trainer import Trainer
-
-    stage = resolve_stage(config.training)
-    model = build_model(config, context.device, dropout=dict(stage.dropout))
-    make_b_nonzero(model)
-    freeze_except([model], stage.trainable)
-    return Trainer(
-        config=config, stage=stage, context=context, models=[model], total_steps=config.training.num_steps,
-        loader=LoaderWithTextOnly(stage.tasks, num_micro_batches=8, dp_rank=context.dp_rank, dp_size=context.dp_size),
-        checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
-    )  # fmt: skip
+def make_trainer(config: RunConfig, context: Any) -> Any:
+    return build_trainer(config, context, loader_class=LoaderWithTextOnly, num_micro_batches=8)
 
 
 def make_config(backbone: Path, folder: Path, engine: EngineConfig, **training: Any) -> RunConfig:
@@ -117,7 +105,7 @@ def curves(backbone: Path, folder: Path, engine: EngineConfig, training: dict[st
     context = initialize()
     result: dict[str, Any] = {}
     for stage in STAGES:
-        trainer = build_trainer(make_config(backbone, folder, engine, stage=stage, **training), context)
+        trainer = make_trainer(make_config(backbone, folder, engine, stage=stage, **training), context)
         result[stage] = steps(trainer, NUM_STEPS)
     result["held"] = sum(p.numel() for name, p in trainer.models[0].named_parameters() if not p.requires_grad)
     return result
@@ -159,7 +147,7 @@ def idle_plugin(backbone: Path, folder: Path, engine: EngineConfig) -> set[str]:
     """Groups of which a weight or a moment moved in a step with comprehension only, after two joint steps."""
     from megatron_hgpt.stages import group_of
 
-    trainer = build_trainer(make_config(backbone, folder, engine), initialize())
+    trainer = make_trainer(make_config(backbone, folder, engine), initialize())
     steps(trainer, 2)
     trainer.loader.tasks = (Task.COMPREHENSION,)
     before = whole(trainer)
@@ -187,7 +175,7 @@ def fit(context: Any, config: RunConfig, last_step: int) -> Any:
     assert config.model.hlora.comprehension is not None
     config.model.hlora.comprehension.dropout = 0.3
     distributed.seed_everything(context, 1)
-    trainer = build_trainer(config, context)
+    trainer = make_trainer(config, context)
     trainer.total_steps = last_step
     trainer.fit()
     return trainer
@@ -259,7 +247,7 @@ def fail_on_one_rank(backbone: Path, folder: Path, engine: EngineConfig, where: 
         raise ValueError("no gradient today")
 
     context = initialize()
-    trainer = build_trainer(make_config(backbone, folder, engine), context)
+    trainer = make_trainer(make_config(backbone, folder, engine), context)
     steps(trainer, 1)
     if context.rank == 1 and where == "forward":
         batches = trainer.loader.next_step()
@@ -286,7 +274,7 @@ def spoil_one_gradient(backbone: Path, folder: Path, engine: EngineConfig) -> st
     from megatron_hgpt.errors import HealthGPTError
 
     context = initialize()
-    trainer = build_trainer(make_config(backbone, folder, engine), context)
+    trainer = make_trainer(make_config(backbone, folder, engine), context)
     if context.rank == 1:
         parameter = next(p for name, p in trainer.models[0].named_parameters() if "adapters.generation" in name)
         parameter.register_hook(lambda grad: grad * float("nan"))
@@ -306,7 +294,7 @@ def cut_off_a_plugin(backbone: Path, folder: Path, engine: EngineConfig) -> str:
     from megatron_hgpt.errors import HealthGPTError
     from megatron_hgpt.hlora.linear import HLoRALinearMixin
 
-    trainer = build_trainer(make_config(backbone, folder, engine), initialize())
+    trainer = make_trainer(make_config(backbone, folder, engine), initialize())
     linear = next(module for module in trainer.models[0].modules() if isinstance(module, HLoRALinearMixin))
     for plugin in linear.hlora.values():
         expand = plugin.expand
@@ -328,7 +316,7 @@ def refused(backbone: Path, folder: Path) -> str:
 
     engine = EngineConfig(name="deepspeed", overrides={"zero_optimization": {"reduce_bucket_size": "many"}})
     with pytest.raises(ConfigError) as error:
-        build_trainer(make_config(backbone, folder, engine), initialize())
+        make_trainer(make_config(backbone, folder, engine), initialize())
     return str(error.value)
 
 

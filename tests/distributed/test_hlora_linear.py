@@ -200,14 +200,14 @@ def test_output_and_gradients_equal_the_formula(tp: int) -> None:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_transformer_engines_linears_equal_the_formula(tp: int) -> None:
-    for deviations in run_ranks(run_cases, tp, tp, None, (TE, TE_NORM)):
+    for deviations in run_ranks(run_cases, tp, tp, None, (TE, TE_NORM), fresh=True):
         assert len(deviations) == 2 * len(CASES) * (2 if tp > 1 else 1)
         assert {name: value for name, value in deviations.items() if value > TOLERANCE} == {}
 
 
 @pytest.mark.parametrize("fault", [NO_FLAG, GATE_FIRST])
 def test_faults_in_transformer_engines_linears_are_seen(fault: str) -> None:
-    for deviations in run_ranks(run_cases, 2, 2, fault, (TE, TE_NORM)):
+    for deviations in run_ranks(run_cases, 2, 2, fault, (TE, TE_NORM), fresh=True):
         faulty = "SP on" if fault == NO_FLAG else "row"
         assert all(value > 1e-3 for name, value in deviations.items() if faulty in name)
 

@@ -126,7 +126,7 @@ def run_deviations(drop_mask: bool) -> dict[str, float]:
 
 @pytest.mark.parametrize("drop_mask", [False, True], ids=["right", "without token masks"])
 def test_every_token_meets_its_own_plugin(drop_mask: bool) -> None:
-    for deviations in run_ranks(run_deviations, TP, drop_mask):
+    for deviations in run_ranks(run_deviations, TP, drop_mask, fresh=True):
         assert len(deviations) == 2 * len(CLASSES)
         wrong = {name: value for name, value in deviations.items() if value > TOLERANCE}
         assert len(wrong) == (len(deviations) if drop_mask else 0), wrong

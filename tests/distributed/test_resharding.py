@@ -10,6 +10,7 @@ import pytest
 from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import tiny_config, write_backbone
+from megatron_hgpt.testing.training import build_trainer
 
 # As in test_training_parity: other orders of fp32 sums, amplified by Adam over eight steps.
 RELATIVE = 2e-5
@@ -27,12 +28,7 @@ RESUMED: dict[str, tuple[int, dict[str, Any]]] = {
 def train(backbone: Path, folder: Path, parallel: dict[str, Any], last_step: int) -> list[float]:
     """(loss, gradient norm) of the steps up to `last_step`, from the newest checkpoint in `folder` if there is one."""
     from megatron_hgpt import distributed
-    from megatron_hgpt.checkpoint import Checkpointer
     from megatron_hgpt.hooks.base import Hook
-    from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
-    from megatron_hgpt.stages import resolve_stage
-    from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero
-    from megatron_hgpt.trainer import Trainer
 
     layout = ParallelConfig(**parallel)
     context = distributed.initialize(layout, seed=1)
@@ -41,22 +37,13 @@ def train(backbone: Path, folder: Path, parallel: dict[str, Any], last_step: int
     )
     checkpoint = CheckpointConfig(save_interval_steps=SAVED_AT)
     config = tiny_config(backbone, folder, parallel=layout, training=training, checkpoint=checkpoint)
-    stage = resolve_stage(config.training)
-    models = build_model_chunks(config, context.device)
-    for model in models:
-        make_b_nonzero(model)
-    freeze_except(models, stage.trainable)
     curve: list[float] = []
 
     class Recorder(Hook):
         def on_step_end(self, state: Any, record: Any) -> None:
             curve.extend((record.loss, record.grad_norm))
 
-    trainer = Trainer(
-        config=config, stage=stage, context=context, models=models, total_steps=last_step, hooks=[Recorder()],
-        loader=FixedLoader(stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size),
-        checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
-    )  # fmt: skip
+    trainer = build_trainer(config, context, total_steps=last_step, hooks=[Recorder()])
     trainer.fit()
     return curve
 

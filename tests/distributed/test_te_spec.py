@@ -21,6 +21,7 @@ from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TrainingConfi
 from megatron_hgpt.data.samples import Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import make_micro_batch, tiny_config, write_backbone
+from megatron_hgpt.testing.training import build_trainer
 
 # fp32, as in test_training_parity: another order of sums, amplified by Adam where a gradient is near zero.
 RELATIVE = 1e-5
@@ -62,34 +63,17 @@ def train(
     """(loss, gradient norm) of the steps up to `last_step`, from the newest checkpoint in `folder` if there is one."""
     with stand_in():
         from megatron_hgpt import distributed
-        from megatron_hgpt.checkpoint import Checkpointer
         from megatron_hgpt.hooks.base import Hook
-        from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
-        from megatron_hgpt.stages import resolve_stage
-        from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero
-        from megatron_hgpt.trainer import Trainer
 
         context = distributed.initialize(ParallelConfig(**parallel), seed=1)
         config = make_config(backbone, folder, parallel, impl)
-        stage = resolve_stage(config.training)
-        models = build_model_chunks(config, context.device)
-        for model in models:
-            make_b_nonzero(model)
-        freeze_except(models, stage.trainable)
         curve: list[float] = []
 
         class Recorder(Hook):
             def on_step_end(self, state: Any, record: Any) -> None:
                 curve.extend((record.loss, record.grad_norm))
 
-        Trainer(
-            config=config, stage=stage, context=context, models=models, total_steps=last_step, hooks=[Recorder()],
-            loader=FixedLoader(
-                stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size, packing=packing,
-                pad_to_multiple=2,
-            ),
-            checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
-        ).fit()  # fmt: skip
+        build_trainer(config, context, total_steps=last_step, packing=packing, hooks=[Recorder()]).fit()
         return curve
 
 
@@ -102,7 +86,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local_run(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """Folder and curve of the local layers on one rank; its checkpoints are those of steps 3 and 6."""
     folder = tmp_path_factory.mktemp("local")
-    return folder, run_ranks(train, 1, backbone, folder, {}, LOCAL, NUM_STEPS)[0]
+    return folder, run_ranks(train, 1, backbone, folder, {}, LOCAL, NUM_STEPS, fresh=True)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -112,10 +96,10 @@ def test_the_curve_is_that_of_the_local_layers(
     world_size, parallel = LAYOUTS[layout]
     expected = local_run[1][: 2 * SAVED_AT]
     packing = "mixed" if "packed" in layout else "none"
-    for curve in run_ranks(train, world_size, backbone, tmp_path, parallel, TE, SAVED_AT, packing):
+    for curve in run_ranks(train, world_size, backbone, tmp_path, parallel, TE, SAVED_AT, packing, fresh=True):
         assert curve == pytest.approx(expected, rel=RELATIVE)
     if layout == "TP2 + SP":  # its checkpoint goes on with local layers
-        resumed = run_ranks(train, 1, backbone, tmp_path, {}, LOCAL, NUM_STEPS)[0]
+        resumed = run_ranks(train, 1, backbone, tmp_path, {}, LOCAL, NUM_STEPS, fresh=True)[0]
         assert resumed == pytest.approx(local_run[1][2 * SAVED_AT :], rel=RELATIVE)
 
 
@@ -125,7 +109,7 @@ def test_a_checkpoint_of_local_layers_resumes_on_transformer_engine(
     checkpoint = tmp_path / "checkpoints" / f"step_{SAVED_AT:08d}"
     shutil.copytree(local_run[0] / "checkpoints" / checkpoint.name, checkpoint)
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    for curve in run_ranks(train, 2, backbone, tmp_path, parallel, TE, NUM_STEPS):
+    for curve in run_ranks(train, 2, backbone, tmp_path, parallel, TE, NUM_STEPS, fresh=True):
         assert curve == pytest.approx(local_run[1][2 * SAVED_AT :], rel=RELATIVE)
 
 
@@ -199,7 +183,7 @@ def compare_models(backbone: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("family", ["phi3", "llama"])
 def test_both_specs_are_the_same_model(family: str, tmp_path: Path) -> None:
-    run_ranks(compare_models, 1, write_backbone(tmp_path / family, family), tmp_path)
+    run_ranks(compare_models, 1, write_backbone(tmp_path / family, family), tmp_path, fresh=True)
 
 
 def count_fp8_calls(backbone: Path, folder: Path) -> tuple[set[tuple[str, bool]], set[tuple[str, bool]], str]:
@@ -231,7 +215,7 @@ def count_fp8_calls(backbone: Path, folder: Path) -> tuple[set[tuple[str, bool]]
 
 def test_frozen_gemms_are_fp8_in_training_and_bf16_in_evaluation(tmp_path: Path) -> None:
     backbone = write_backbone(tmp_path / "phi3")
-    training, evaluation, recipe = run_ranks(count_fp8_calls, 1, backbone, tmp_path)[0]
+    training, evaluation, recipe = run_ranks(count_fp8_calls, 1, backbone, tmp_path, fresh=True)[0]
     linears = ("HLoRATELayerNormColumnParallelLinear", "HLoRATERowParallelLinear")
     assert training == {(name, True) for name in linears}
     assert evaluation == {(name, False) for name in linears}
@@ -269,4 +253,4 @@ def attend_packed() -> float:
 
 
 def test_the_attention_takes_packed_sequences() -> None:
-    assert run_ranks(attend_packed, 1)[0] < 1e-6
+    assert run_ranks(attend_packed, 1, fresh=True)[0] < 1e-6

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hgpt.testing.distributed import run_ranks
+from megatron_hgpt.testing.distributed import free_port, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -95,12 +95,8 @@ def test_cached_features_give_the_same_losses(samples: str, demo: Path, tmp_path
         "data.feature_cache=features", "training.num_steps=3", f"logging.sample_images_interval_steps={samples}",
         "logging.num_sample_images=2", *SMALL,
     )  # fmt: skip
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (demo / "stage3", tmp_path)
-    ]
-    assert len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(losses(demo / "stage3")) == 3
+    assert losses(tmp_path) == pytest.approx(losses(demo / "stage3"), rel=1e-6)
     assert len(list((tmp_path / "samples").rglob("*.png"))) == (2 if samples == "3" else 0)
 
 
@@ -113,6 +109,56 @@ def test_one_question_and_one_picture(demo: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     assert Image.open(tmp_path / "out.png").size == (64, 64)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_nodes_meet_at_an_address(demo: Path, tmp_path: Path) -> None:
+    """Two launchers, as on two machines: one process each, tensor parallel over both; the losses are the demo's."""
+    command = [
+        "bash", str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(demo / "stage3.yaml"), *SMALL,
+        f"output_dir={tmp_path}", "training.num_steps=3", "logging.sample_images_interval_steps=0",
+    ]  # fmt: skip
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(free_port())}
+    agents = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**ENVIRONMENT, **nodes, "NODE_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=600)
+        assert agent.returncode == 0, errors[-3000:]
+    assert losses(tmp_path) == pytest.approx(losses(demo / "stage3"), rel=1e-6)
+
+
+def test_the_slurm_script_starts_a_run_on_two_nodes(demo: Path, tmp_path: Path) -> None:
+    """`srun` and `scontrol` are stand-ins that start both tasks here; script, torchrun and rendezvous are real."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    # Backgrounded tasks and their statuses, which is what srun does with one task per node.
+    srun = '#!/bin/bash\n[ "$1" = --kill-on-bad-exit=1 ] || exit 9\nshift\n"$@" & first=$!\n"$@" & second=$!\n'
+    (commands / "srun").write_text(srun + "wait $first && wait $second\n")
+    (commands / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.2\\nx\\n"\n'
+    )
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    slurm = {
+        "PATH": f"{commands}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    result = subprocess.run(
+        [
+            "bash", str(ROOT / "examples" / "slurm" / "pretrain_hgpt.sbatch"), "--config", str(demo / "stage3.yaml"),
+            *SMALL, f"output_dir={tmp_path / 'run'}", "training.num_steps=3", "logging.sample_images_interval_steps=0",
+        ],
+        cwd=tmp_path, env={**ENVIRONMENT, **slurm}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(demo / "stage3"), rel=1e-6)
 
 
 def plain_tensors(folder: Path) -> dict[str, Any]:
@@ -130,7 +176,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
         *torchrun, str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(demo / "stage3.yaml"), *SMALL,
-        "training.num_steps=40", "checkpoint.save_interval_steps=4", "logging.sample_images_interval_steps=0",
+        "training.num_steps=20", "checkpoint.save_interval_steps=4", "logging.sample_images_interval_steps=0",
         "model.hlora.generation.dropout=0.1",
     ]  # fmt: skip
     run(*command, f"output_dir={tmp_path / 'whole'}")
@@ -146,12 +192,12 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (killed / "checkpoints" / "step_00000040").exists(), "killed too late to show anything"
+    assert not (killed / "checkpoints" / "step_00000020").exists(), "killed too late to show anything"
     run(*command, f"output_dir={killed}")
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
-    (whole,) = run_ranks(plain_tensors, 1, tmp_path / "whole" / "checkpoints" / "step_00000040")
-    (resumed,) = run_ranks(plain_tensors, 1, killed / "checkpoints" / "step_00000040")
+    assert steps == list(range(1, 21))
+    (whole,) = run_ranks(plain_tensors, 1, tmp_path / "whole" / "checkpoints" / "step_00000020")
+    (resumed,) = run_ranks(plain_tensors, 1, killed / "checkpoints" / "step_00000020")
     assert whole.keys() == resumed.keys()
     assert any(".hlora." in name for name in whole)
     different = [

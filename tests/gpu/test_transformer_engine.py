@@ -20,6 +20,7 @@ from megatron_hgpt.config_io import load_config
 from megatron_hgpt.data.samples import IGNORE_INDEX, MicroBatch, Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import FixedLoader, tiny_config, write_backbone
+from megatron_hgpt.testing.training import build_trainer
 
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="transformer-engine is not installed (docs/gpu.md)"
@@ -51,11 +52,6 @@ class CyclingLoader(FixedLoader):
 
 def build(folder: Path, impl: str, precision: str, parallel: dict[str, Any], num_steps: int) -> Any:
     from megatron_hgpt import distributed
-    from megatron_hgpt.checkpoint import Checkpointer
-    from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
-    from megatron_hgpt.stages import resolve_stage
-    from megatron_hgpt.testing.models import make_b_nonzero
-    from megatron_hgpt.trainer import Trainer
 
     layout = ParallelConfig(**parallel)
     context = distributed.initialize(layout, seed=1)
@@ -67,16 +63,7 @@ def build(folder: Path, impl: str, precision: str, parallel: dict[str, Any], num
         checkpoint=CheckpointConfig(directory=str(folder / "checkpoints"), save_interval_steps=1000),
     )  # fmt: skip
     config.model.transformer_impl = impl
-    stage = resolve_stage(training)
-    models = build_model_chunks(config, context.device)
-    for model in models:
-        make_b_nonzero(model)
-    freeze_except(models, stage.trainable)
-    return Trainer(
-        config=config, stage=stage, context=context, models=models, total_steps=num_steps,
-        loader=CyclingLoader(stage.tasks, num_micro_batches=4, dp_rank=context.dp_rank, dp_size=context.dp_size),
-        checkpointer=Checkpointer(config, trained_groups=stage.trainable, is_writer=context.is_writer),
-    )  # fmt: skip
+    return build_trainer(config, context, loader_class=CyclingLoader)
 
 
 def train(

@@ -57,15 +57,27 @@ def test_a_run_without_its_folders_stops_before_a_process_group_exists(capsys: p
 
 
 @pytest.mark.parametrize(
-    ("gpus", "tensor", "expected"),
-    [(0, 2, 2), (0, 1, 1), (8, 1, 8), (8, 2, 8), (8, 3, 6), (3, 3, 3)],
-)
-def test_processes_per_node(gpus: int, tensor: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("gpus", "tensor", "pipeline", "context", "expected"),
+    [
+        (0, 2, 1, 1, 2), (0, 1, 1, 1, 1), (0, 2, 2, 3, 12), (8, 1, 1, 1, 8), (8, 2, 1, 1, 8), (8, 3, 1, 1, 6),
+        (3, 3, 1, 1, 3), (8, 2, 2, 1, 8), (8, 3, 1, 2, 6),
+    ],
+)  # fmt: skip
+def test_processes_per_node(
+    gpus: int, tensor: int, pipeline: int, context: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert processes.processes_per_node([f"parallel.tensor_model_parallel_size={tensor}"]) == expected
+    layout = [
+        f"parallel.tensor_model_parallel_size={tensor}",
+        f"parallel.pipeline_model_parallel_size={pipeline}",
+        f"parallel.context_parallel_size={context}",
+    ]
+    assert processes.processes_per_node(layout) == expected
 
 
 def test_fewer_gpus_than_one_replica_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="tensor_model_parallel_size=2 needs 2 GPUs, this machine has 1; lower it"):
         processes.processes_per_node(["parallel.tensor_model_parallel_size=2"])
+    with pytest.raises(ConfigError, match=r"size=2 x parallel\.context_parallel_size=3 needs 6 GPUs"):
+        processes.processes_per_node(["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=3"])

@@ -1,0 +1,124 @@
+"""What a checkpoint folder says about itself, and whether it fits a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hgpt.config import ModelConfig, RunConfig
+from megatron_hgpt.errors import CheckpointError
+
+FORMAT_VERSION = 1
+INFO = "healthgpt.json"
+
+
+def fingerprint(model: ModelConfig) -> dict[str, Any]:
+    """What two models must share for one's weights to fit the other: sizes, vocabulary, plugins, vision depths."""
+    vision = model.vision
+    return {
+        "backbone": {key: value for key, value in sorted(model.hf_config.items()) if key in _SHAPE_KEYS},
+        "vocabulary": {**dataclasses.asdict(model.vocabulary), "num_codes": model.vq.num_codes},
+        "hlora": {
+            name: None if plugin is None else {key: plugin[key] for key in ("lora_rank", "alpha", "num_experts")}
+            for name, plugin in dataclasses.asdict(model.hlora).items()
+        },
+        "vision": {
+            "hidden_size": vision.hf_config.get("hidden_size"),
+            "comprehension_hidden_state": vision.comprehension_hidden_state,
+            "generation_hidden_state": vision.generation_hidden_state,
+        },
+    }
+
+
+_SHAPE_KEYS = frozenset(
+    {
+        "architectures",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    }
+)
+
+
+def checkpoint_folders(directory: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The description beside the tensors.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint of this package, or of a newer format.
+    """
+    path = folder / INFO
+    if not path.is_file():
+        hint = "; it is an unfinished write" if folder.name.endswith(".tmp") else ""
+        raise CheckpointError(f"{folder} is not a checkpoint of this package ({INFO} is missing{hint})")
+    info = json.loads(path.read_text())
+    if info.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {info.get('format_version')} cannot be read by this version ({FORMAT_VERSION})"
+        )
+    return info
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in sorted(set(mine) | set(theirs)):
+        ours, other = mine.get(key), theirs.get(key)
+        if isinstance(ours, dict) and isinstance(other, dict):
+            yield from _differences(ours, other, f"{prefix}{key}.")
+        elif ours != other:
+            yield f"{prefix}{key}: the model has {ours}, the checkpoint {other}"
+
+
+def check_fits(config: RunConfig, base: dict[str, str], folder: Path, info: dict[str, Any]) -> None:
+    """Compare a checkpoint with the model that is to take it.
+
+    Args:
+        config: the model's.
+        base: `base_identity` of its frozen weights.
+        folder: for the message.
+        info: `read_info` of the folder.
+
+    Raises:
+        CheckpointError: sizes or frozen weights differ.
+    """
+    # JSON turns tuples into lists: compare what a round trip leaves.
+    mine = json.loads(json.dumps(fingerprint(config.model)))
+    problems = list(_differences(mine, info["fingerprint"]))
+    if problems:
+        raise CheckpointError(
+            f"{folder} belongs to another model: {'; '.join(problems)}. "
+            "Use the configuration it was trained with (resolved_config.yaml beside the run) or another checkpoint."
+        )
+    problems = list(_differences(base, info["base"]))
+    if problems:
+        raise CheckpointError(
+            f"{folder} was trained on other frozen weights: {'; '.join(problems)}. "
+            "Name the same weights in model.backbone and model.vision.tower (resolved_config.yaml there says which)."
+        )
+
+
+def resolve_folder(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest one of a run folder or its ``checkpoints``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / INFO).is_file() or path.name.startswith("step_"):
+        return path
+    for directory in (path, path / "checkpoints"):
+        folders = checkpoint_folders(directory)
+        if folders:
+            return folders[-1]
+    raise CheckpointError(f"{path} holds no complete checkpoint (step_* folder); train the earlier stage first")
