@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     layout = parser.add_argument_group("layout (default: every legal one)")
     for name in ("tensor", "pipeline", "context"):
         layout.add_argument(f"--{name}", type=int)
+    layout.add_argument("--virtual-pipeline", type=int, default=1, help="chunks per pipeline stage (interleaved 1F1B)")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--num-gpus", type=int, default=8)
     cluster.add_argument("--gpus-per-node", type=int, default=8)
@@ -108,6 +109,7 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         context=arguments.context,
+        virtual=arguments.virtual_pipeline,
         assumptions=Assumptions(**assumed),
     )
 

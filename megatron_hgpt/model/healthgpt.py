@@ -154,7 +154,8 @@ class HealthGPT(MegatronModule):
             # A recomputed block whose input needs no gradient never runs backward, and H-LoRA inside gets none.
             embedded.requires_grad_()
         if self.config.sequence_parallel:
-            embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded, group=self.pg_tp)
+            # This rank's part is a view: without a copy the first layer would keep all T parts alive.
+            embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded, group=self.pg_tp).clone()
         return embedded
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:

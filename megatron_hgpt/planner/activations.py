@@ -85,8 +85,10 @@ class ActivationModel:
         # The attention output [s, b, q] is a copy of the kernel's [b, s, q] where b > 1; P keeps the copy.
         output_copies = 1 + (micro > 1 and trained)
         table = self.request.sequence_length // self.layout.context * shape.head_dim
+        # Transformer Engine keeps the norm's output in FP8 too, beside the one in bf16 that P reads.
+        narrow = 2 * local * shape.hidden_size if self.request.precision == "fp8" else 0
         return {
-            "norms": 2 * (local * shape.hidden_size * e + local * _FP32),
+            "norms": 2 * (local * shape.hidden_size * e + local * _FP32) + narrow,
             "hlora_inputs": (2 * local * shape.hidden_size + tokens * ffn) * e if trained else 0,
             "hlora_branches": self._branch_bytes(),
             "attention": tokens * (query + 2 * key + query + key + output_copies * query) * e
@@ -158,19 +160,25 @@ class ActivationModel:
             total += self.last_stage_bytes()
         return total
 
-    def in_flight(self, pipeline_rank: int) -> int:
-        """Micro-batches that 1F1B keeps on a stage at once: as many as stages follow, itself included."""
+    def in_flight(self, pipeline_rank: int) -> float:
+        """Micro-batches that a stage keeps at once; a chunk of an interleaved stage keeps its share of one.
+
+        1F1B: as many as stages follow, itself included. Interleaved (v chunks, P stages): 2 (P - rank - 1) + (v - 1) P
+        chunks of warm-up, and the one at work.
+        """
         from megatron_hgpt.validation import global_batch_size
 
-        training = self.request.config.training
+        training, stages, chunks = self.request.config.training, self.layout.pipeline, self.layout.virtual
         count = global_batch_size(self.request.config) // (training.micro_batch_size * self.layout.data)
-        return min(self.layout.pipeline - pipeline_rank, count)
+        if chunks == 1:
+            return min(stages - pipeline_rank, count)
+        return min(2 * (stages - pipeline_rank - 1) + (chunks - 1) * stages + 1, count * chunks) / chunks
 
     def peak_bytes(self, pipeline_rank: int) -> int:
         """Kept by the micro-batches in flight, with each one's output to the next stage (Megatron holds on to it)."""
-        is_last = pipeline_rank == self.layout.pipeline - 1
-        output = 0 if is_last else self.num_local_tokens * self.request.shape.hidden_size * self.request.element_bytes
-        return self.in_flight(pipeline_rank) * (self.stage_bytes(pipeline_rank) + output)
+        outputs = self.layout.virtual - (pipeline_rank == self.layout.pipeline - 1)  # the last chunk ends in the loss
+        size = outputs * self.num_local_tokens * self.request.shape.hidden_size * self.request.element_bytes
+        return round(self.in_flight(pipeline_rank) * (self.stage_bytes(pipeline_rank) + size))
 
     def working_bytes(self, pipeline_rank: int) -> int:
         """What lives for a moment on top, during backward: the larger of a layer's and the loss's.

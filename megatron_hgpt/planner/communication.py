@@ -87,7 +87,8 @@ def context_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
 def pipeline_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
     """Hidden states to the next stage and their gradient to the previous one, [s / T, b, h], for one micro-batch."""
     layout = sizes.layout
-    num_sends = (pipeline_rank < layout.pipeline - 1) + (pipeline_rank > 0)
+    # Every chunk hands on and gets back, but for the ends of the whole chain.
+    num_sends = 2 * layout.virtual - (pipeline_rank == layout.pipeline - 1) - (pipeline_rank == 0)
     size = sizes.num_local_tokens * sizes.request.shape.hidden_size * sizes.request.element_bytes
     return Traffic(bytes=num_sends * size, num_messages=num_sends)
 

@@ -113,7 +113,8 @@ def compare(request: PlanRequest, layout: Layout, rank_model: RankModel) -> list
     from megatron_hgpt.optim import build_optimizer
 
     config = layout.run_config(request)
-    model = build_stage(config, pre_process=True, post_process=True, device=torch.device("cpu")).train()
+    (model,) = build_stage(config, device=torch.device("cpu"))
+    model.train()
     wanted = {"vocabulary" if group == "new_rows" else group for group in request.stage.trainable}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -87,11 +87,13 @@ class RankMemory:
 
 
 def frozen_bytes(request: PlanRequest, model: RankModel) -> int:
-    """Frozen parameters as built; with fp8 the base linears at one byte per weight (no bf16 copy is kept)."""
-    total = model.bytes(trained=False)
-    if request.precision == "fp8":
-        total -= model.bytes("base_linears", trained=False) - model.count("base_linears", trained=False)
-    return total
+    """Frozen parameters as built; FP8 adds two copies of the base linears, as they are and transposed, 1 byte each.
+
+    Transformer Engine makes them once per step and keeps the bf16 weights. GPUs that multiply FP8 in any layout
+    (Blackwell) need one copy: there the figure is too large by a byte per weight.
+    """
+    copies = 2 * model.count("base_linears", trained=False) if request.precision == "fp8" else 0
+    return model.bytes(trained=False) + copies
 
 
 def rank_memory(request: PlanRequest, layout: Layout, model: RankModel) -> RankMemory:

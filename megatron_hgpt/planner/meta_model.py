@@ -1,13 +1,14 @@
 """The real model of one rank on torch's meta device, under a fake process group of the layout's full size.
 
 Counts and dtypes come from the modules that a run would build, not from formulas: what the model's code changes, the
-plan follows. `build_stage` is the one place that knows how a pipeline stage is built.
+plan follows.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import torch
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.errors import HealthGPTError
+from megatron_hgpt.model.transformer_impl import LOCAL
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.stages import Stage, group_of, resolve_stage
@@ -98,6 +100,7 @@ def fake_layout(layout: Layout, pipeline_rank: int) -> Iterator[None]:
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,
                 context_parallel_size=layout.context,
+                virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
                 create_gloo_process_groups=False,
             )
             yield
@@ -117,34 +120,44 @@ def _everything_on_meta() -> Iterator[None]:
         torch.cuda.current_device = real  # type: ignore[assignment]
 
 
-def build_stage(config: RunConfig, *, pre_process: bool, post_process: bool, device: torch.device = _META) -> HealthGPT:
-    """The model of this process's pipeline stage, its weights undefined.
+def build_stage(config: RunConfig, *, device: torch.device = _META) -> list[HealthGPT]:
+    """The model chunks of this process's pipeline stage, their weights undefined.
 
     Args:
         config: the run's configuration, its parallel section as parallel state was initialised.
-        pre_process: the stage holds tower, adapters and embedding.
-        post_process: the stage holds the final norm and the head.
-        device: where it is built; on meta it has shapes only.
+        device: where they are built; on meta they have shapes only.
     """
     cpu_platform.install_if_needed()
-    from torch import nn
+    from megatron.core import parallel_state
 
     from megatron_hgpt.model.backbone import read_backbone, transformer_config
     from megatron_hgpt.model.healthgpt import HealthGPT, plugins_of
 
+    # FP8 is a way of multiplying: parameters are bf16, and the local layers hold the same ones.
+    precision = "bf16" if config.training.precision == "fp8" else config.training.precision
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, precision=precision),
+        model=dataclasses.replace(config.model, transformer_impl=LOCAL),
+    )
     shape = read_backbone(config.model.hf_config)
     transformer = transformer_config(shape, config.model, config.parallel, config.training)
     plugins = plugins_of(config, dict(resolve_stage(config.training).dropout))
+    num_chunks = config.parallel.virtual_pipeline_model_parallel_size
     with _everything_on_meta() if device == _META else contextlib.nullcontext():
-        model = HealthGPT(config, transformer, shape, plugins, device)
-    # HealthGPT builds all of it on every stage; what another stage holds goes.
-    if not pre_process:
-        model.tower, model.adapters = nn.Module(), nn.ModuleDict()
-        model.language_model.embedding = None
-    if not post_process:
-        model.language_model.output_layer = None
-        model.language_model.decoder.final_layernorm = None
-    return model
+        return [
+            HealthGPT(
+                config,
+                transformer,
+                shape,
+                plugins,
+                device,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+                vp_stage=chunk,
+            )
+            for chunk in ([None] if num_chunks is None else range(num_chunks))
+        ]
 
 
 def _kind_of(name: str) -> str:
@@ -156,12 +169,12 @@ def _kind_of(name: str) -> str:
     return group
 
 
-def describe_model(model: torch.nn.Module, stage: Stage, *, pipeline_rank: int, num_layers: int) -> RankModel:
-    """Count a model's parameters by kind, and which of them `stage` trains."""
+def describe_chunks(chunks: Sequence[HealthGPT], stage: Stage, *, pipeline_rank: int) -> RankModel:
+    """Count the parameters of a rank's model chunks by kind, and which of them `stage` trains."""
     wanted = {"vocabulary" if group == "new_rows" else group for group in stage.trainable}
     totals: dict[tuple[str, bool], list[int]] = {}
     numels, reduced = [], 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
         trained = group_of(name) in wanted
         entry = totals.setdefault((_kind_of(name), trained), [0, 0])
         entry[0] += parameter.numel()
@@ -171,7 +184,7 @@ def describe_model(model: torch.nn.Module, stage: Stage, *, pipeline_rank: int, 
             reduced += parameter.numel() if getattr(parameter, "sequence_parallel", False) else 0
     return RankModel(
         pipeline_rank=pipeline_rank,
-        num_layers=num_layers,
+        num_layers=sum(len(chunk.language_model.decoder.layers) for chunk in chunks),
         groups=tuple(
             ParameterGroup(name=name, is_trained=trained, num_parameters=count, num_bytes=size)
             for (name, trained), (count, size) in totals.items()
@@ -195,21 +208,11 @@ def build_rank_models(request: PlanRequest, layout: Layout) -> list[RankModel]:
         key = (rank == 0, rank == last, num_layers)
         if key not in built:
             with fake_layout(layout, rank):
-                model = build_stage(config, pre_process=key[0], post_process=key[1])
-                if len(model.language_model.decoder.layers) != num_layers:
-                    raise HealthGPTError(
-                        f"{layout.name}: Megatron put {len(model.language_model.decoder.layers)} layers on pipeline "
-                        f"rank {rank}, the plan {num_layers}"
-                    )
-                built[key] = describe_model(model, request.stage, pipeline_rank=rank, num_layers=num_layers)
-        same = built[key]
-        models.append(
-            RankModel(
-                pipeline_rank=rank,
-                num_layers=num_layers,
-                groups=same.groups,
-                trained_numels=same.trained_numels,
-                tensor_reduced_numel=same.tensor_reduced_numel,
-            )
-        )
+                built[key] = describe_chunks(build_stage(config), request.stage, pipeline_rank=rank)
+            if built[key].num_layers != num_layers:
+                raise HealthGPTError(
+                    f"{layout.name}: Megatron put {built[key].num_layers} layers on pipeline rank {rank}, the plan "
+                    f"{num_layers}"
+                )
+        models.append(dataclasses.replace(built[key], pipeline_rank=rank))
     return models

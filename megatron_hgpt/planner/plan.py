@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_hgpt.planner import communication
 from megatron_hgpt.planner.activations import ActivationModel
-from megatron_hgpt.planner.layouts import Layout, legal_layouts, trainer_problem
+from megatron_hgpt.planner.layouts import Layout, legal_layouts
 from megatron_hgpt.planner.memory import RankMemory, rank_memory
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models
 from megatron_hgpt.planner.request import PlanRequest
@@ -31,8 +31,6 @@ class LayoutPlan:
     mfu: float
     """Model FLOPs by the 4N rule over the peak of all GPUs in the time of a step, 0 … 1."""
     fits: bool
-    trainer_problem: str | None
-    """Why the trainer of this version refuses the layout; None where it runs."""
 
     @property
     def peak(self) -> RankMemory:
@@ -89,7 +87,6 @@ def plan_layout(request: PlanRequest, layout: Layout, models: list[RankModel]) -
         tokens_per_s=tokens / time.total,
         mfu=model_flops_per_step(request) / (time.total * layout.world_size * request.peak_tflops * 1e12),
         fits=max(memory.total for memory in memories) <= request.cluster.gpu.memory_gib * 2**30,
-        trainer_problem=trainer_problem(request, layout),
     )
 
 

@@ -11,7 +11,7 @@ from megatron_hgpt.validation import global_batch_size
 
 _GIB = 2**30
 _COLUMNS = ("TP", "PP", "CP", "DP", "micro", "fits", "GiB", "frozen", "train", "grad", "optim", "activ", "work",
-            "step s", "tok/s", "MFU", "bottleneck", "trainer")  # fmt: skip
+            "step s", "tok/s", "MFU", "bottleneck")  # fmt: skip
 
 
 def _row(plan: LayoutPlan) -> list[str]:
@@ -27,7 +27,6 @@ def _row(plan: LayoutPlan) -> list[str]:
         f"{plan.tokens_per_s:,.0f}",
         f"{plan.mfu:.1%}",
         f"{time.bottleneck} {share:.0%}",
-        "yes" if plan.trainer_problem is None else "no",
     ]
 
 
@@ -58,7 +57,7 @@ def table(plan: Plan, *, top: int) -> str:
     """The plan as text: question, layouts (memory in GiB of the fullest rank), reasons of refusals."""
     rows = [list(_COLUMNS), *(_row(layout) for layout in plan.layouts[:top])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    last = len(_COLUMNS) - 2
+    last = len(_COLUMNS) - 1
     lines = [*header_lines(plan.request), ""]
     for row in rows:
         cells = (
@@ -74,8 +73,6 @@ def table(plan: Plan, *, top: int) -> str:
     if best.fits:
         overrides = " ".join(override_arguments(plan.request, best))
         lines.append(f"best        {overrides}")
-    reasons = {layout.trainer_problem for layout in plan.layouts} - {None}
-    lines += [f"trainer     refuses now: {reason}" for reason in sorted(filter(None, reasons))[:4]]
     most = sorted(plan.refused.items(), key=lambda item: -item[1])
     lines += [f"illegal     {count:>4} x {reason}" for reason, count in most[:8]]
     if len(most) > 8:
@@ -86,13 +83,11 @@ def table(plan: Plan, *, top: int) -> str:
 def override_arguments(request: PlanRequest, plan: LayoutPlan) -> list[str]:
     """The layout as ``key=value`` arguments of a training run."""
     parallel = plan.layout.parallel_config(distributed_optimizer=request.distributed_optimizer)
-    arguments = [
+    return [
         f"parallel.{field.name}={str(value).lower()}"
         for field in dataclasses.fields(parallel)
         if (value := getattr(parallel, field.name)) != getattr(type(parallel)(), field.name)
     ]
-    layers = plan.layout.transformer_overrides()
-    return [*arguments, *(f"'model.transformer_overrides.{name}={value}'" for name, value in layers.items())]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -135,6 +130,5 @@ def _layout_json(plan: LayoutPlan) -> dict[str, Any]:
         "tokens_per_s": plan.tokens_per_s,
         "mfu": plan.mfu,
         "sent_bytes_per_step": plan.traffic_bytes,
-        "trainer_problem": plan.trainer_problem,
         "pipeline_ranks": ranks,
     }

@@ -14,7 +14,7 @@ from megatron_hgpt.planner.hardware import Cluster
 from megatron_hgpt.stages import Stage, resolve_stage
 
 BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
-"""Bytes of an activation and of a parameter; with fp8 only the frozen base linears are narrower."""
+"""Bytes of an activation and of a parameter as built; what FP8 adds is counted where it lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,11 @@ class PlanRequest:
 
     Attributes:
         config: model, stage, micro and global batch size; its parallel section is ignored.
-        precision: bf16, fp8 (frozen base linears stored and multiplied in FP8, all else bf16) or fp32.
+        precision: bf16, fp8 (frozen base linears multiplied in FP8, all else bf16) or fp32.
         recompute: none, selective (core attention) or full (every layer).
         supervised_tokens: supervised positions per sample, by task: all that head and loss work on.
         tensor, pipeline, context: fixed sizes; None tries every legal one.
+        virtual: model chunks per pipeline stage (interleaved 1F1B), where there are stages.
     """
 
     config: RunConfig
@@ -63,6 +64,7 @@ class PlanRequest:
     tensor: int | None = None
     pipeline: int | None = None
     context: int | None = None
+    virtual: int = 1
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class PlanRequest:
         for name in ("tensor", "pipeline", "context"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name} {value} must be at least 1")
+        if self.virtual < 1:
+            raise ConfigError(f"--virtual-pipeline {self.virtual} must be at least 1")
         if self.images_per_sample < 0:
             raise ConfigError(f"--images-per-sample {self.images_per_sample} must be at least 0")
         sequence = self.sequence_length
@@ -130,18 +134,17 @@ class PlanRequest:
             return gpu.fp8_tflops
         return gpu.bf16_tflops / (2 if self.precision == "fp32" else 1)
 
-    def config_of(self, parallel: ParallelConfig, overrides: dict[str, object]) -> RunConfig:
+    def config_of(self, parallel: ParallelConfig) -> RunConfig:
         """The run configuration of one layout, with random weights of the right shapes instead of folders."""
         vision = dataclasses.replace(self.config.model.vision, tower=None)
-        settings = {**self.config.model.transformer_overrides, **overrides}
         training = dataclasses.replace(
             self.config.training,
-            precision="fp32" if self.precision == "fp32" else "bf16",
+            precision=self.precision,
             recompute=None if self.recompute == "none" else self.recompute,
             num_steps=1,
             num_epochs=None,
         )
-        model = dataclasses.replace(self.config.model, backbone=None, vision=vision, transformer_overrides=settings)
+        model = dataclasses.replace(self.config.model, backbone=None, vision=vision)
         return dataclasses.replace(self.config, model=model, parallel=parallel, training=training)
 
 

@@ -143,7 +143,7 @@ def _micro_batch_seconds(
 
 
 def step_time(request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]) -> StepTime:
-    """1F1B: the slowest stage runs its micro-batches, every other stage is waited for once."""
+    """1F1B: the slowest stage runs its micro-batches, every other stage is waited for once, by one chunk."""
     counts = count_parameters(request.config.model)
     stages = [_micro_batch_seconds(request, layout, model, counts) for model in models]
     totals = [sum(stage.values()) for stage in stages]
@@ -161,7 +161,7 @@ def step_time(request: PlanRequest, layout: Layout, models: list[RankModel], mem
         optimizer = max(optimizer, (3 * memory.gradients + 2 * memory.optimizer + memory.trained) / hbm)
     return StepTime(
         **{name: count * value for name, value in stages[slowest].items()},
-        pipeline_bubble=sum(totals) - totals[slowest],
+        pipeline_bubble=(sum(totals) - totals[slowest]) / layout.virtual,
         gradient_comm=gradient,
         optimizer=optimizer,
     )

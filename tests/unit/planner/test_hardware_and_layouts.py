@@ -9,7 +9,7 @@ import pytest
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.planner.hardware import GPUS, Cluster, gpu_named
-from megatron_hgpt.planner.layouts import Layout, legal_layouts, split_layers, trainer_problem
+from megatron_hgpt.planner.layouts import Layout, legal_layouts, split_layers
 from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens
 
 
@@ -29,7 +29,7 @@ def test_every_legal_layout_uses_all_gpus_and_shards_what_it_says() -> None:
         assert layout.world_size == 512
         assert sum(layout.layers_per_stage) == 40
         assert 128 % layout.data == 0  # the stage's global batch
-    assert any(not layout.is_even for layout in layouts)
+    assert any("40 layers do not split over 16 pipeline stages" in reason for reason in refused)
     assert any("tensor_model_parallel_size=4" in reason and "10 KV heads" in reason for reason in refused)
 
 
@@ -43,12 +43,16 @@ def test_l14_with_tensor_4_is_refused_with_the_reason() -> None:
     [
         ({"tensor": 16, "preset": "healthgpt_m3"}, "tensor 16 does not divide the 8 GPUs of a node"),
         ({"pipeline": 3}, "does not divide 512 GPUs"),
+        ({"pipeline": 16, "tensor": 1}, "40 layers do not split over 16 pipeline stages"),
         ({"pipeline": 64}, "pipeline 64 exceeds the 40 layers"),
-        ({"tensor": 1, "pipeline": 1}, "global batch 128 is not a multiple of micro batch 1 x data 512"),
+        (
+            {"tensor": 1, "pipeline": 1},
+            "global_batch_size=128 must be a .* data parallel size .512.",
+        ),
         ({"tensor": 2, "context": 4, "overrides": ["model.max_seq_length=2044"]}, "does not divide into 16 pieces"),
         (
             {"tensor": 8, "preset": "healthgpt_m3", "overrides": ["model.vocabulary.pad_to_multiple=1"]},
-            "40206 padded vocabulary rows do not divide by tensor 8",
+            "40206 padded vocabulary rows cannot be sharded over tensor_model_parallel_size=8",
         ),
     ],
 )
@@ -58,29 +62,44 @@ def test_why_a_layout_is_illegal(changes: dict[str, Any], message: str) -> None:
         legal_layouts(request(preset, *overrides, **changes))
 
 
-@pytest.mark.parametrize(("num_layers", "num_stages"), [(40, 16), (40, 3), (40, 8), (64, 7), (5, 5)])
-def test_layers_are_split_as_equally_as_possible_with_short_ends(num_layers: int, num_stages: int) -> None:
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "expected"),
+    [
+        (40, 8, (5,) * 8),
+        (40, 3, (13, 14, 13)),
+        (5, 2, (2, 3)),
+        (64, 7, (7, *[10] * 5, 7)),
+        (40, 16, None),  # 3 in each of 14 leave none for the ends
+        (5, 1, (5,)),
+    ],
+)
+def test_layers_are_split_evenly_or_with_shorter_ends(
+    num_layers: int, num_stages: int, expected: tuple[int, ...] | None
+) -> None:
     layers = split_layers(num_layers, num_stages)
-    assert len(layers) == num_stages
-    assert sum(layers) == num_layers
-    assert max(layers) - min(layers) <= 1
-    if num_layers % num_stages and num_stages - num_layers % num_stages > 1:
-        assert layers[0] == layers[-1] == min(layers)
+    assert layers == expected
+    assert layers is None or sum(layers) == num_layers
 
 
-def test_uneven_stages_become_megatron_s_layer_layout() -> None:
-    layout = Layout(tensor=1, pipeline=3, context=1, data=1, layers_per_stage=(1, 2, 1))
-    assert layout.transformer_overrides() == {"pipeline_model_parallel_layout": "Et|tt|tL"}
-    assert Layout(tensor=1, pipeline=2, context=1, data=1, layers_per_stage=(2, 2)).transformer_overrides() == {}
+def test_a_layout_as_a_section_of_a_run() -> None:
+    uneven = Layout(tensor=1, pipeline=3, context=1, data=1, layers_per_stage=(1, 2, 1))
+    section = uneven.parallel_config(distributed_optimizer=True)
+    assert (section.num_layers_in_first_pipeline_stage, section.num_layers_in_last_pipeline_stage) == (1, 1)
+    even = Layout(tensor=2, pipeline=2, context=1, data=1, layers_per_stage=(2, 2), virtual=2)
+    section = even.parallel_config(distributed_optimizer=False)
+    assert section.sequence_parallel and section.virtual_pipeline_model_parallel_size == 2
+    assert section.num_layers_in_first_pipeline_stage is None
 
 
-def test_the_trainer_s_own_validation_says_which_layouts_it_runs() -> None:
-    plain = Layout(tensor=2, pipeline=1, context=1, data=4, layers_per_stage=(40,))
-    asked = request(num_gpus=8, distributed_optimizer=False)
-    assert trainer_problem(asked, plain) is None
-    ring = Layout(tensor=1, pipeline=1, context=2, data=4, layers_per_stage=(40,))
-    assert "context_parallel_size=2" in (trainer_problem(asked, ring) or "")
-    assert "not fp8" in (trainer_problem(request(num_gpus=8, precision="fp8"), plain) or "")
+def test_what_the_trainer_refuses_is_illegal() -> None:
+    with pytest.raises(ConfigError, match="virtual_pipeline_model_parallel_size=3 must be at least 2 and divide"):
+        legal_layouts(request(tensor=2, pipeline=4, virtual=3))
+    config = ["model.transformer_impl=local"]
+    with pytest.raises(ConfigError, match="precision=fp8 needs Transformer Engine"):
+        legal_layouts(request("healthgpt_l14", *config, precision="fp8"))
+    asked = request("healthgpt_l14", "training.global_batch_size=512", tensor=2, pipeline=4, context=1, virtual=5)
+    (layout,), _ = legal_layouts(asked)
+    assert layout.name == "TP2 PP4x5 CP1 DP64"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +118,7 @@ def test_the_trainer_s_own_validation_says_which_layouts_it_runs() -> None:
         (lambda: request(recompute="some"), "--recompute 'some' is unknown"),
         (lambda: request(tensor=0), "--tensor 0 must be at least 1"),
         (lambda: request(images_per_sample=-1), "--images-per-sample -1"),
-        (lambda: request("healthgpt_l14", "model.max_seq_length=20000"), "--seq-length 20000 .* 16384"),
+        (lambda: request("healthgpt_l14", "model.max_seq_length=20000"), "--seq-length 20000 .*=16384"),
         (lambda: request("healthgpt_xl32"), "--stage stage3_joint trains generation, but model.hlora.generation is"),
         (lambda: request("healthgpt_l14", "training.stage=stage4"), "training.stage='stage4' is unknown"),
     ],

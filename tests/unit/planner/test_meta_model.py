@@ -19,6 +19,7 @@ def models_of(preset: str, stage: str, tensor: int, pipeline: int, data: int) ->
     cluster = Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=tensor * pipeline * data, gpus_per_node=8)
     request = PlanRequest(config=config, cluster=cluster, supervised_tokens=default_supervised_tokens(config))
     layers = split_layers(request.shape.num_layers, pipeline)
+    assert layers is not None
     layout = Layout(tensor=tensor, pipeline=pipeline, context=1, data=data, layers_per_stage=layers)
     return count_parameters(config.model), build_rank_models(request, layout)
 
@@ -29,8 +30,12 @@ def total(models: list[RankModel], *names: str) -> int:
 
 @pytest.mark.parametrize(
     ("preset", "stage", "pipeline"),
-    [("healthgpt_m3", "stage3_joint", 4), ("healthgpt_l14", "stage3_joint", 3), ("healthgpt_xl32", "stage3_comprehension", 8)],
-)  # fmt: skip
+    [
+        ("healthgpt_m3", "stage3_joint", 4),
+        ("healthgpt_l14", "stage3_joint", 3),
+        ("healthgpt_xl32", "stage3_comprehension", 8),
+    ],
+)
 def test_pipeline_ranks_add_up_to_the_specified_model(preset: str, stage: str, pipeline: int) -> None:
     counts, models = models_of(preset, stage, 1, pipeline, 2)
     assert total(models, "base_linears", "norms") == counts["backbone"]
@@ -46,8 +51,8 @@ def test_pipeline_ranks_add_up_to_the_specified_model(preset: str, stage: str, p
 
 def test_a_thousand_ranks_shard_what_megatron_shards() -> None:
     counts, whole = models_of("healthgpt_l14", "stage3_joint", 1, 1, 1)
-    _, ranks = models_of("healthgpt_l14", "stage3_joint", 2, 16, 32)  # 1,024 ranks
-    assert [model.num_layers for model in ranks] == [2] * 4 + [3] * 8 + [2] * 4
+    _, ranks = models_of("healthgpt_l14", "stage3_joint", 2, 8, 64)  # 1,024 ranks
+    assert [model.num_layers for model in ranks] == [5] * 8
     assert 2 * total(ranks, "base_linears") == whole[0].count("base_linears")
     assert 2 * total(ranks, "embedding", "head") == counts["embeddings"] + counts["head"]
     assert total(ranks, "norms") == whole[0].count("norms")
@@ -55,6 +60,17 @@ def test_a_thousand_ranks_shard_what_megatron_shards() -> None:
     replicated = sum(model.tensor_reduced_numel for model in ranks)
     assert 2 * (total(ranks, *plugins) - replicated) + replicated == total(whole, *plugins)
     assert all(sum(m.trained_numels) == m.count(trained=True) for m in ranks)
+
+
+def test_chunks_of_an_interleaved_stage_add_up_to_the_same_model() -> None:
+    config = load_config(preset="healthgpt_m3", overrides=["training.global_batch_size=512"])
+    cluster = Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=8, gpus_per_node=8)
+    request = PlanRequest(config=config, cluster=cluster, supervised_tokens=default_supervised_tokens(config))
+    sizes = {"tensor": 1, "pipeline": 4, "context": 1, "data": 2, "layers_per_stage": (8,) * 4}
+    plain, chunked = (build_rank_models(request, Layout(**sizes, virtual=chunks)) for chunks in (1, 2))
+    for one, two in zip(plain, chunked, strict=True):
+        assert {g.name: g for g in one.groups} == {g.name: g for g in two.groups}
+        assert (one.num_layers, sorted(one.trained_numels)) == (two.num_layers, sorted(two.trained_numels))
 
 
 def test_a_stage_trains_its_groups_only() -> None:
