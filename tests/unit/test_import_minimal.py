@@ -25,9 +25,10 @@ for name in OPTIONAL:
         del sys.modules[module]
     sys.modules[name] = None
 import megatron_hgpt
+# Imported only where Triton or Transformer Engine is, or to import as much as possible at once.
+ELSEWHERE = ("megatron_hgpt.hlora.gate_triton", "megatron_hgpt.hlora.te_linear", "megatron_hgpt.testing.preloaded")
 for module in pkgutil.walk_packages(megatron_hgpt.__path__, "megatron_hgpt."):
-    # Imported only where Triton, or Transformer Engine, is.
-    if module.name not in ("megatron_hgpt.hlora.gate_triton", "megatron_hgpt.hlora.te_linear"):
+    if module.name not in ELSEWHERE:
         importlib.import_module(module.name)
         print(module.name)
 """
