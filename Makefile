@@ -18,7 +18,7 @@ help:
 	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
 	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
 	@echo "make test-slow      the tests that make test leaves out"
-	@echo "make test-deepspeed the DeepSpeed engine's tests; installs deepspeed into $(VENV) (6 minutes)"
+	@echo "make test-deepspeed the DeepSpeed engine's tests; installs deepspeed into $(VENV) (4 minutes)"
 	@echo "make test-gpu       the tests that need a GPU and Transformer Engine (docs/gpu.md)"
 	@echo "make lint           ruff and mypy"
 	@echo "make venv           only set up $(VENV)"
@@ -57,7 +57,7 @@ test-slow: venv
 
 # Python files only: nothing is compiled, and torch stays the one that is installed.
 test-deepspeed: venv
-	@echo "== installing deepspeed (10 s), then the tests of its engine on two gloo processes (6 minutes on 2 cores)"
+	@echo "== installing deepspeed (10 s), then the tests of its engine on two gloo processes (3 minutes on 2 cores)"
 	@DS_BUILD_OPS=0 $(PYTHON) -m pip install --quiet -c constraints.txt -e ".[deepspeed]"
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/distributed/test_deepspeed.py
 
