@@ -14,13 +14,14 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from megatron_hgpt.planner.measure import Comparison
     from megatron_hgpt.planner.request import PlanRequest
 
 _GPU_FIELDS = ("memory_gib", "bf16_tflops", "fp8_tflops", "hbm_gb_s", "nvlink_gb_s", "network_gb_s")
@@ -35,15 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=int, help="tokens per sample (default: model.max_seq_length)")
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--global-batch-size", type=int)
-    parser.add_argument("--precision", default="bf16", help="bf16, fp8 (frozen base linears) or fp32")
-    parser.add_argument("--recompute", default="none", help="none, selective or full")
+    parser.add_argument("--precision", help="bf16, fp8 or fp32 (default: the configuration's)")
+    parser.add_argument("--recompute", help="none, selective or full (default: the configuration's)")
     parser.add_argument("--no-distributed-optimizer", action="store_true")
     parser.add_argument("--supervised-tokens", type=int, help="per sample, for every task")
     parser.add_argument("--images-per-sample", type=int, default=1)
     layout = parser.add_argument_group("layout (default: every legal one)")
     for name in ("tensor", "pipeline", "context"):
         layout.add_argument(f"--{name}", type=int)
-    layout.add_argument("--virtual-pipeline", type=int, default=1, help="chunks per pipeline stage (interleaved 1F1B)")
+    layout.add_argument("--virtual", type=int, default=1, help="model chunks per pipeline stage")
+    layout.add_argument("--first-layers", type=int, help="layers of the first pipeline stage")
+    layout.add_argument("--last-layers", type=int, help="layers of the last pipeline stage")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--num-gpus", type=int, default=8)
     cluster.add_argument("--gpus-per-node", type=int, default=8)
@@ -101,17 +104,30 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
             num_gpus=arguments.num_gpus,
             gpus_per_node=arguments.gpus_per_node,
         ),
-        precision=arguments.precision,
-        recompute=arguments.recompute,
+        precision=arguments.precision or training.precision,
+        recompute=arguments.recompute or training.recompute or "none",
         distributed_optimizer=not arguments.no_distributed_optimizer,
         supervised_tokens=default_supervised_tokens(config) if count is None else dict.fromkeys(TASKS, count),
         images_per_sample=arguments.images_per_sample,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         context=arguments.context,
-        virtual=arguments.virtual_pipeline,
+        virtual=arguments.virtual,
+        first_layers=arguments.first_layers,
+        last_layers=arguments.last_layers,
         assumptions=Assumptions(**assumed),
     )
+
+
+def comparison_table(results: Mapping[str, Sequence[Comparison]]) -> str:
+    """Text: predicted and measured bytes and their deviation."""
+    lines = [f"{'recompute':<11}{'figure':<28}{'predicted':>14}{'measured':>14}{'deviation':>11}"]
+    for recompute, rows in results.items():
+        lines += [
+            f"{recompute:<11}{row.name:<28}{row.predicted:>14,}{row.measured:>14,}{row.deviation:>11.2%}"
+            for row in rows
+        ]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     try:
         if arguments.check:
-            from megatron_hgpt.planner.measure import check_here, comparison_table
+            from megatron_hgpt.planner.measure import check_here
 
             print(comparison_table(check_here()))
             return 0

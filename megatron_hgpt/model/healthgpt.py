@@ -288,12 +288,27 @@ def build_model_chunks(
         ConfigError: sizes that do not fit each other or the layout.
         CheckpointError: a weight folder that does not fit the configuration.
     """
+    chunks = bare_model_chunks(config, device, dropout=dropout, with_tower=with_tower)
+    for model in chunks:
+        _fill(model, config)
+    if config.model.backbone is None:
+        logger.warning("model.backbone is not set: the language model starts from random weights")
+    return [model.to(device) for model in chunks]
+
+
+def bare_model_chunks(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    dropout: dict[Task, float | None] | None = None,
+    with_tower: bool = True,
+) -> list[HealthGPT]:
+    """As `build_model_chunks`, with weights undefined: on torch's meta device it costs nothing."""
     shape = read_backbone(config.model.hf_config)
     transformer = transformer_config(shape, config.model, config.parallel, config.training)
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size
-    chunks = []
-    for vp_stage in [None] if num_chunks is None else range(num_chunks):
-        model = HealthGPT(
+    return [
+        HealthGPT(
             config,
             transformer,
             shape,
@@ -304,11 +319,8 @@ def build_model_chunks(
             vp_stage=vp_stage,
             with_tower=with_tower,
         )
-        _fill(model, config)
-        chunks.append(model.to(device))
-    if config.model.backbone is None:
-        logger.warning("model.backbone is not set: the language model starts from random weights")
-    return chunks
+        for vp_stage in ([None] if num_chunks is None else range(num_chunks))
+    ]
 
 
 def _fill(model: HealthGPT, config: RunConfig) -> None:

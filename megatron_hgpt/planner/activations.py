@@ -10,14 +10,15 @@ keeps the inputs of the linears is P, where the plugin is trained. Full recomput
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_hgpt.data.samples import Task
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.planner.layouts import Layout
-from megatron_hgpt.planner.request import PlanRequest
+from megatron_hgpt.planner.request import FP32_BYTES, PlanRequest
 from megatron_hgpt.stages import ADAPTER_GROUPS, HLORA_GROUPS
 
-_FP32, _INT64 = 4, 8
+_INT64_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class ActivationModel:
 
     Attributes:
         fused_swiglu: gate and up go through Megatron's fused function, which keeps its input only; the unfused one
-            (on a CPU) keeps silu(gate) as well.
+            (on a CPU) keeps silu(gate) and a copy of up as well.
     """
 
     request: PlanRequest
@@ -35,10 +36,14 @@ class ActivationModel:
     fused_swiglu: bool = True
 
     @property
+    def micro_batch_size(self) -> int:
+        """b: samples."""
+        return self.request.config.training.micro_batch_size
+
+    @cached_property
     def num_tokens(self) -> int:
-        """N: tokens of a micro-batch on this context-parallel rank."""
-        micro = self.request.config.training.micro_batch_size
-        return self.request.sequence_length * micro // self.layout.context
+        """N: tokens of a micro-batch, with padding, on this context-parallel rank."""
+        return self.layout.padded_length(self.request) // self.layout.context * self.micro_batch_size
 
     @property
     def num_local_tokens(self) -> int:
@@ -47,14 +52,29 @@ class ActivationModel:
 
     @property
     def num_supervised(self) -> int:
-        """m: supervised positions of a micro-batch on this context-parallel rank, spread evenly."""
-        counts = self.request.supervised_tokens
-        return -(-counts[self.task] * self.request.config.training.micro_batch_size // self.layout.context)
+        """m: supervised positions of a micro-batch, the last ones of each sample, on the context rank with most.
+
+        That is the first rank: of the 2C chunks of a sequence it holds the first and the last.
+        """
+        count, context = self.request.supervised_tokens[self.task], self.layout.context
+        if context > 1:
+            chunk = self.num_tokens // self.micro_batch_size // 2
+            count = min(count, chunk) + max(0, count - (2 * context - 1) * chunk)
+        return count * self.micro_batch_size
 
     @property
     def vocabulary_rows(self) -> int:
         """V: rows of the head on this rank."""
         return Vocabulary.from_config(self.request.config.model).padded_size // self.layout.tensor
+
+    @property
+    def num_image_positions(self) -> int:
+        """Image features of a micro-batch."""
+        return (
+            self.request.images_per_sample
+            * self.micro_batch_size
+            * self.request.config.model.vision.num_image_tokens
+        )  # fmt: skip
 
     def _trains(self, groups: dict[str, Task]) -> bool:
         return any(groups.get(group) is self.task for group in self.request.stage.trainable)
@@ -76,26 +96,36 @@ class ActivationModel:
 
     def layer_bytes(self) -> dict[str, int]:
         """One layer without recomputation, by what keeps it."""
-        shape, tensor, e = self.request.shape, self.layout.tensor, self.request.element_bytes
-        tokens, local = self.num_tokens, self.num_local_tokens
-        micro = self.request.config.training.micro_batch_size
-        query, key = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
-        ffn, heads = shape.ffn_size // tensor, shape.num_heads // tensor
-        trained = self.trains_plugin
-        # The attention output [s, b, q] is a copy of the kernel's [b, s, q] where b > 1; P keeps the copy.
-        output_copies = 1 + (micro > 1 and trained)
-        table = self.request.sequence_length // self.layout.context * shape.head_dim
-        # Transformer Engine keeps the norm's output in FP8 too, beside the one in bf16 that P reads.
-        narrow = 2 * local * shape.hidden_size if self.request.precision == "fp8" else 0
+        e, local, hidden = self.request.element_bytes, self.num_local_tokens, self.request.shape.hidden_size
+        ffn = self.num_tokens * self.request.shape.ffn_size // self.layout.tensor
         return {
-            "norms": 2 * (local * shape.hidden_size * e + local * _FP32) + narrow,
-            "hlora_inputs": (2 * local * shape.hidden_size + tokens * ffn) * e if trained else 0,
+            "norms": 2 * (local * hidden * e + local * FP32_BYTES),
+            # Transformer Engine keeps the norms' outputs a second time in FP8.
+            "fp8_inputs": 2 * local * hidden if self.request.precision == "fp8" else 0,
+            "hlora_inputs": (2 * local * hidden + ffn) * e if self.trains_plugin else 0,
             "hlora_branches": self._branch_bytes(),
-            "attention": tokens * (query + 2 * key + query + key + output_copies * query) * e
-            + tokens * heads * _FP32
-            + 4 * table * e,
-            "swiglu": tokens * (2 if self.fused_swiglu else 3) * ffn * e,
+            "attention": self._attention_bytes(),
+            "swiglu": (2 if self.fused_swiglu else 4) * ffn * e,
         }
+
+    def _attention_bytes(self, *, is_recomputed: bool = False) -> int:
+        """Rotary tables, queries, keys, values, the kernel's output with its log-sum-exp, and P's input."""
+        shape, tensor, e = self.request.shape, self.layout.tensor, self.request.element_bytes
+        tokens, trained = self.num_tokens, self.trains_plugin
+        query, key = shape.num_heads * shape.head_dim // tensor, shape.num_kv_heads * shape.head_dim // tensor
+        tables = 4 * tokens // self.micro_batch_size * shape.head_dim * e
+        # QKV's output lives on in the values, which are a view of it; rotated queries and keys are copies.
+        inputs = tokens * (2 * query + 3 * key) * e
+        if is_recomputed:
+            return tables + inputs + trained * tokens * query * e
+        # The kernel keeps the layout of its queries, so its output is P's input as it is.
+        joined = 0
+        if self.layout.context > 1 and self.request.uses_local_layers:
+            # All of the context ranks' keys and values are gathered; the outputs of two chunks are joined by a copy.
+            inputs = tokens * (query + 2 * key * self.layout.context) * e
+            joined = trained * tokens * query * e
+        kernel = tokens * query * e + tokens * shape.num_heads // tensor * FP32_BYTES
+        return tables + inputs + kernel + joined
 
     def _branch_bytes(self) -> int:
         """z and the dropout mask of the gate, u where B is trained, B joined over the parts of a fused linear."""
@@ -106,8 +136,7 @@ class ActivationModel:
             return 0
         override = self.request.stage.dropout.get(self.task)
         dropout = plugin.dropout if override is None else override
-        tensor, rank = self.layout.tensor, plugin.lora_rank
-        elements = 0
+        rank, elements = plugin.lora_rank, 0
         for name, layout in linear_layouts(self.request.shape).items():
             is_column = name in ("linear_qkv", "linear_fc1")
             sections, parts = layout.num_sections, layout.part_sizes
@@ -116,80 +145,40 @@ class ActivationModel:
             if self.trains_plugin:  # gathered over T in front of a column-parallel B
                 elements += (self.num_tokens if is_column else self.num_local_tokens) * sections * rank
             if sections == 1 and len(parts) > 1:
-                elements += sum(parts) // tensor * rank
+                elements += sum(parts) // self.layout.tensor * rank
         return elements * self.request.element_bytes
 
     def kept_layer_bytes(self) -> int:
         """One layer under the request's recomputation."""
-        shape, e = self.request.shape, self.request.element_bytes
         if self.request.recompute == "full":
-            return self.num_local_tokens * shape.hidden_size * e
+            return self.num_local_tokens * self.request.shape.hidden_size * self.request.element_bytes
         parts = self.layer_bytes()
-        if self.request.recompute == "selective":  # core attention: its output is P's input, all else is its input
-            query = shape.num_heads * shape.head_dim // self.layout.tensor
-            copies = 2 if self.request.config.training.micro_batch_size > 1 or not self.trains_plugin else 1
-            parts["attention"] -= self.num_tokens * shape.num_heads // self.layout.tensor * _FP32
-            parts["attention"] -= (copies - 1) * self.num_tokens * query * e
+        if self.request.recompute == "selective":
+            parts["attention"] = self._attention_bytes(is_recomputed=True)
         return sum(parts.values())
 
-    def first_stage_bytes(self) -> int:
+    def _first_stage_bytes(self) -> int:
         """Adapter: tower features, its hidden layer before and after GELU; alike on every tensor-parallel rank."""
-        request = self.request
-        sizes = request.config.model.vision.hf_config
-        num_images = request.images_per_sample * request.config.training.micro_batch_size
-        if not num_images:
-            return 0
-        positions = num_images * (sizes["image_size"] // sizes["patch_size"]) ** 2
         if not self.trains_adapter:
             return 0
-        return positions * (sizes["hidden_size"] + 2 * request.shape.hidden_size) * request.element_bytes
+        width = self.request.config.model.vision.hf_config["hidden_size"] + 2 * self.request.shape.hidden_size
+        return self.num_image_positions * width * self.request.element_bytes
 
-    def last_stage_bytes(self) -> int:
+    def _last_stage_bytes(self) -> int:
         """Final norm, and the softmax (fp32) of the supervised positions with their targets and indices."""
         hidden, e, count = self.request.shape.hidden_size, self.request.element_bytes, self.num_supervised
         head_input = count * hidden * e if self.trains_vocabulary else 0
-        softmax = count * (self.vocabulary_rows * _FP32 + 3 * _INT64)
-        return self.num_local_tokens * (hidden * e + _FP32) + head_input + softmax
+        softmax = count * (self.vocabulary_rows * FP32_BYTES + 3 * _INT64_BYTES)
+        return self.num_local_tokens * (hidden * e + FP32_BYTES) + head_input + softmax
 
-    def stage_bytes(self, pipeline_rank: int) -> int:
-        """All that one micro-batch keeps on a pipeline stage."""
-        total = self.layout.layers_per_stage[pipeline_rank] * self.kept_layer_bytes()
-        if pipeline_rank == 0:
-            total += self.first_stage_bytes()
-        if pipeline_rank == self.layout.pipeline - 1:
-            total += self.last_stage_bytes()
+    def chunk_bytes(self, pipeline_rank: int, chunk: int = 0) -> int:
+        """All that one micro-batch keeps on one model chunk of a pipeline stage."""
+        layout = self.layout
+        total = layout.layers_per_stage[pipeline_rank] // layout.virtual * self.kept_layer_bytes()
+        if self.request.recompute == "full":  # the layers' common rotary angles
+            total += self.num_tokens // self.micro_batch_size * self.request.shape.head_dim * FP32_BYTES
+        if pipeline_rank == chunk == 0:
+            total += self._first_stage_bytes()
+        if (pipeline_rank, chunk) == (layout.pipeline - 1, layout.virtual - 1):
+            total += self._last_stage_bytes()
         return total
-
-    def in_flight(self, pipeline_rank: int) -> float:
-        """Micro-batches that a stage keeps at once; a chunk of an interleaved stage keeps its share of one.
-
-        1F1B: as many as stages follow, itself included. Interleaved (v chunks, P stages): 2 (P - rank - 1) + (v - 1) P
-        chunks of warm-up, and the one at work.
-        """
-        from megatron_hgpt.validation import global_batch_size
-
-        training, stages, chunks = self.request.config.training, self.layout.pipeline, self.layout.virtual
-        count = global_batch_size(self.request.config) // (training.micro_batch_size * self.layout.data)
-        if chunks == 1:
-            return min(stages - pipeline_rank, count)
-        return min(2 * (stages - pipeline_rank - 1) + (chunks - 1) * stages + 1, count * chunks) / chunks
-
-    def peak_bytes(self, pipeline_rank: int) -> int:
-        """Kept by the micro-batches in flight, with each one's output to the next stage (Megatron holds on to it)."""
-        outputs = self.layout.virtual - (pipeline_rank == self.layout.pipeline - 1)  # the last chunk ends in the loss
-        size = outputs * self.num_local_tokens * self.request.shape.hidden_size * self.request.element_bytes
-        return round(self.in_flight(pipeline_rank) * (self.stage_bytes(pipeline_rank) + size))
-
-    def working_bytes(self, pipeline_rank: int) -> int:
-        """What lives for a moment on top, during backward: the larger of a layer's and the loss's.
-
-        A layer: gradients of FC1's output (2f), of SwiGLU's (f), of the gathered input (h), and under full
-        recomputation the recomputed layer. The loss: the logits, their fp32 copy and their gradient.
-        """
-        shape, e = self.request.shape, self.request.element_bytes
-        layer = self.num_tokens * (3 * shape.ffn_size // self.layout.tensor + shape.hidden_size) * e
-        if self.request.recompute == "full":
-            layer += sum(self.layer_bytes().values())
-        if pipeline_rank != self.layout.pipeline - 1:
-            return layer
-        return max(layer, self.num_supervised * self.vocabulary_rows * (e + 2 * _FP32))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
+from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.plan import LayoutPlan, Plan
 from megatron_hgpt.report_charts import linear_ticks
 
-_GIB = 2**30
 _PARTS = {
     "frozen": "#3d4a5c",
     "trained": "#0b6e75",
@@ -17,14 +17,14 @@ _PARTS = {
     "working": "#f2a065",
     "reserve": "#b8c0ca",
 }
-_BAR, _GAP, _LEFT, _RIGHT, _TOP, _PLOT = 18, 8, 190, 190, 74, 480
+_BAR, _GAP, _LEFT, _RIGHT, _TOP, _PLOT = 18, 8, 190, 190, 84, 480
 
 
 def memory_chart(plan: Plan, *, top: int) -> str:
     """An SVG document of the first `top` layouts of a plan."""
     shown = plan.layouts[:top]
     capacity = plan.request.cluster.gpu.memory_gib
-    ticks = linear_ticks(0.0, max([capacity, *(layout.peak.total / _GIB for layout in shown)]))
+    ticks = linear_ticks(0.0, max([capacity, *(layout.peak.total / GIB for layout in shown)]))
     scale = _PLOT / ticks[-1]
     height = _TOP + len(shown) * (_BAR + _GAP) + 34
     width = _LEFT + _PLOT + _RIGHT
@@ -44,6 +44,7 @@ def memory_chart(plan: Plan, *, top: int) -> str:
     parts.append(
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{bottom}" stroke="#a8201a" stroke-dasharray="5 3"/>'
     )
+    parts.append(_text(x, _TOP - 12, f"{capacity:g} GiB", anchor="middle"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}" font-family="system-ui,sans-serif">'
@@ -71,7 +72,7 @@ def _bar(plan: LayoutPlan, *, y: float, scale: float) -> list[str]:
     middle, x = y + _BAR - 5, float(_LEFT)
     parts = [_text(_LEFT - 8, middle, plan.layout.name, anchor="end", weight=600 if plan.fits else 400)]
     for name, colour in _PARTS.items():
-        width = getattr(plan.peak, name) / _GIB * scale
+        width = getattr(plan.peak, name) / GIB * scale
         parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_BAR}" fill="{colour}"/>')
         x += width
     note = f"{plan.time.total:.2f} s, MFU {plan.mfu:.0%}" if plan.fits else "does not fit"

@@ -7,12 +7,13 @@ of rank r on the two column-parallel linears and z of r + k on the two row-paral
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_hgpt.planner.activations import ActivationModel
+from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.meta_model import RankModel
-
-_FP32 = 4
+from megatron_hgpt.planner.request import FP32_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,12 @@ def tensor_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
     per_layer = Traffic(bytes=4 * passes * whole, num_messages=4 * passes)
     total = per_layer * layout.layers_per_stage[pipeline_rank]
     if pipeline_rank == 0:
-        vision = request.config.model.vision.hf_config
-        num_images = request.images_per_sample * request.config.training.micro_batch_size
-        positions = num_images * (vision["image_size"] // vision["patch_size"]) ** 2
-        # Embedding: all-reduce forward, all-gather backward. Tower: features of the other ranks' images.
-        total += Traffic(bytes=3 * whole + positions * vision["hidden_size"] * e * share, num_messages=3)
+        # Embedding: all-reduce forward, all-gather backward.
+        total += Traffic(bytes=3 * whole, num_messages=2)
     if pipeline_rank == layout.pipeline - 1:
         # Gather in front of the head, all-reduce of its input gradient, three all-reduces of the loss.
         count = sizes.num_supervised
-        loss = 2 * share * count * (request.shape.hidden_size * e + 3 * _FP32)
+        loss = 2 * share * count * (request.shape.hidden_size * e + 3 * FP32_BYTES)
         total += Traffic(bytes=whole + loss, num_messages=5)
     return total
 
@@ -73,24 +71,56 @@ def hlora_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
 
 
 def context_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
-    """Ring attention for one micro-batch on one stage: keys and values forward, with their gradients backward."""
+    """Keys and values between context ranks for one micro-batch on one stage.
+
+    The local layers gather them and reduce-scatter their gradients. Transformer Engine passes them round the ring, in
+    backward once more and with their gradients.
+    """
     request, layout = sizes.request, sizes.layout
     if layout.context == 1:
         return Traffic()
-    shape = request.shape
+    shape, hops = request.shape, layout.context - 1
     block = 2 * sizes.num_tokens * shape.num_kv_heads * shape.head_dim // layout.tensor * request.element_bytes
-    passes = 3 if request.recompute == "none" else 4
-    hops = layout.context - 1
-    return Traffic(bytes=passes * hops * block, num_messages=passes * hops) * layout.layers_per_stage[pipeline_rank]
+    passes = (2 if request.uses_local_layers else 3) + (request.recompute != "none")
+    num_messages = passes * (1 if request.uses_local_layers else hops)
+    return Traffic(bytes=passes * hops * block, num_messages=num_messages) * layout.layers_per_stage[pipeline_rank]
+
+
+def vision_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
+    """Tower features of the other tensor and context ranks' images for one micro-batch, on the first stage."""
+    request, size = sizes.request, sizes.layout.tensor * sizes.layout.context
+    if size == 1 or pipeline_rank or not sizes.num_image_positions or request.config.data.feature_cache is not None:
+        return Traffic()
+    width = request.config.model.vision.hf_config["hidden_size"]
+    return Traffic(bytes=sizes.num_image_positions * width * request.element_bytes * (size - 1) / size, num_messages=1)
 
 
 def pipeline_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
-    """Hidden states to the next stage and their gradient to the previous one, [s / T, b, h], for one micro-batch."""
+    """Hidden states to the next chunk and their gradient to the previous one, [s / T, b, h], for one micro-batch."""
     layout = sizes.layout
-    # Every chunk hands on and gets back, but for the ends of the whole chain.
+    if layout.pipeline == 1:
+        return Traffic()
     num_sends = 2 * layout.virtual - (pipeline_rank == layout.pipeline - 1) - (pipeline_rank == 0)
     size = sizes.num_local_tokens * sizes.request.shape.hidden_size * sizes.request.element_bytes
     return Traffic(bytes=num_sends * size, num_messages=num_sends)
+
+
+PER_MICRO_BATCH: Mapping[str, Callable[[ActivationModel, int], Traffic]] = {
+    "tensor": tensor_traffic,
+    "hlora": hlora_traffic,
+    "context": context_traffic,
+    "vision": vision_traffic,
+    "pipeline": pipeline_traffic,
+}
+"""Purpose -> what a rank of a pipeline stage sends for one micro-batch."""
+
+
+def span_of(purpose: str, layout: Layout) -> int:
+    """Neighbouring ranks among which the group of a purpose lies; Megatron numbers tensor, context, data, pipeline."""
+    tensor, context = layout.tensor, layout.tensor * layout.context
+    sizes = {"tensor": tensor, "hlora": tensor, "context": context, "vision": context}
+    sizes["gradients"] = context * layout.data
+    return sizes.get(purpose, layout.world_size)
 
 
 def gradient_traffic(sizes: ActivationModel, model: RankModel, gradient_bytes: int) -> Traffic:
@@ -113,4 +143,4 @@ def replicated_gradient_traffic(sizes: ActivationModel, model: RankModel) -> Tra
     tensor = sizes.layout.tensor
     if tensor == 1 or not model.tensor_reduced_numel:
         return Traffic()
-    return Traffic(bytes=2 * (tensor - 1) / tensor * model.tensor_reduced_numel * _FP32, num_messages=1)
+    return Traffic(bytes=2 * (tensor - 1) / tensor * model.tensor_reduced_numel * FP32_BYTES, num_messages=1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from megatron_hgpt.errors import ConfigError
 
+GIB = 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:

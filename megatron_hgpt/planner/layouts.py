@@ -1,18 +1,21 @@
-"""Which layouts of a cluster are legal for a model, and why the others are not."""
+"""Which layouts of a cluster are legal for a model, and why the others are not.
+
+The trainer's own `validation.validate` decides; here are only the limits that come from the cluster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_hgpt.config import ParallelConfig, RunConfig
+from megatron_hgpt.config import ParallelConfig
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model.backbone import check_tensor_parallel
+from megatron_hgpt.model.transformer_impl import sequence_multiple
 from megatron_hgpt.planner.request import PlanRequest
-from megatron_hgpt.validation import validate
+from megatron_hgpt.validation import global_batch_size, validate
 
 _MIN_TOKENS_PER_CONTEXT_RANK = 1024
-"""Below it ring attention has too little work to hide its exchange; only an explicit --context goes lower."""
+"""Below it attention has too little work to hide the exchange of keys; only an explicit --context goes lower."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -24,6 +27,7 @@ class Layout:
     context: int
     data: int
     layers_per_stage: tuple[int, ...]
+    """Between the first and the last stage all have the same number."""
     virtual: int = 1
     """Model chunks per pipeline stage (interleaved 1F1B)."""
 
@@ -35,84 +39,66 @@ class Layout:
     @property
     def name(self) -> str:
         """Short and unique."""
-        chunks = f"x{self.virtual}" if self.virtual > 1 else ""
-        return f"TP{self.tensor} PP{self.pipeline}{chunks} CP{self.context} DP{self.data}"
+        interleaved = f" VP{self.virtual}" if self.virtual > 1 else ""
+        return f"TP{self.tensor} PP{self.pipeline}{interleaved} CP{self.context} DP{self.data}"
 
     def parallel_config(self, *, distributed_optimizer: bool) -> ParallelConfig:
         """The section of a run configuration."""
         layers = self.layers_per_stage
-        uneven = len(set(layers)) > 1
+        middle = layers[1] if self.pipeline > 2 else layers[-1]
         return ParallelConfig(
             tensor_model_parallel_size=self.tensor,
             sequence_parallel=self.tensor > 1,
             pipeline_model_parallel_size=self.pipeline,
             virtual_pipeline_model_parallel_size=self.virtual if self.virtual > 1 else None,
-            num_layers_in_first_pipeline_stage=layers[0] if uneven else None,
-            num_layers_in_last_pipeline_stage=layers[-1] if uneven and self.pipeline > 2 else None,
+            num_layers_in_first_pipeline_stage=None if layers[0] == middle else layers[0],
+            num_layers_in_last_pipeline_stage=None if layers[-1] == middle else layers[-1],
             context_parallel_size=self.context,
             use_distributed_optimizer=distributed_optimizer,
         )
 
-    def run_config(self, request: PlanRequest) -> RunConfig:
-        """The run configuration of this layout."""
-        return request.config_of(self.parallel_config(distributed_optimizer=request.distributed_optimizer))
+    def padded_length(self, request: PlanRequest) -> int:
+        """Tokens of a sample after the trainer's padding to equal shares."""
+        config = request.config_of(self.parallel_config(distributed_optimizer=request.distributed_optimizer))
+        multiple = sequence_multiple(config.parallel, config.training)
+        return -(-request.sequence_length // multiple) * multiple
+
+    def num_micro_batches(self, request: PlanRequest) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return global_batch_size(request.config) // (request.config.training.micro_batch_size * self.data)
 
 
-def split_layers(num_layers: int, num_stages: int) -> tuple[int, ...] | None:
-    """Layers per pipeline stage: even, or with shorter first and last stages, which also hold tower and head.
+def split_layers(num_layers: int, pipeline: int, first: int | None = None, last: int | None = None) -> tuple[int, ...]:
+    """Layers per pipeline stage, as equal as Megatron's split allows: only the two ends may differ from the others.
 
-    None where the middle stages cannot be equal without an end that is longer than they, or empty.
+    Among equals the ends are short: the first stage also holds tower and embedding, the last the head.
+
+    Args:
+        num_layers: of the backbone, at least `pipeline`.
+        pipeline: stages.
+        first, last: layers of the ends where they are given; the others then share the rest.
+
+    Returns:
+        One number per stage, not checked: what does not add up is `validate`'s to refuse.
     """
-    if num_layers % num_stages == 0:
-        return (num_layers // num_stages,) * num_stages
-    longest = -(-num_layers // num_stages)
-    ends = num_layers - longest * (num_stages - 2)
-    if num_stages == 1 or ends < 2:
-        return None
-    return (ends // 2, *[longest] * (num_stages - 2), ends - ends // 2)
+    if first is None and last is None and num_layers % pipeline:
+        inner = max(pipeline - 2, 0)
+        splits = []
+        for middle in range(1, num_layers // inner + 1 if inner else 2):
+            ends = num_layers - middle * inner
+            if ends >= 2:
+                splits.append((ends // 2, *[middle] * inner, ends - ends // 2))
+        return min(splits, key=lambda layers: (max(layers), layers[0] + layers[-1]))
+    free = pipeline - (first is not None) - (last is not None)
+    middle = (num_layers - (first or 0) - (last or 0)) // max(free, 1)
+    layers = [middle] * pipeline
+    layers[0] = middle if first is None else first
+    layers[-1] = layers[-1] if last is None else last
+    return tuple(layers)
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _layout(request: PlanRequest, tensor: int, pipeline: int, context: int) -> Layout:
-    """One layout.
-
-    Raises:
-        ConfigError: it is illegal here: the reason.
-    """
-    cluster, shape = request.cluster, request.shape
-    check_tensor_parallel(shape, tensor)
-    if cluster.node_size % tensor:
-        raise ConfigError(f"tensor {tensor} does not divide the {cluster.node_size} GPUs of a node")
-    if pipeline > shape.num_layers:
-        raise ConfigError(f"pipeline {pipeline} exceeds the {shape.num_layers} layers of the backbone")
-    if cluster.num_gpus % (tensor * pipeline * context):
-        raise ConfigError(
-            f"tensor {tensor} x pipeline {pipeline} x context {context} does not divide {cluster.num_gpus} GPUs"
-        )
-    layers = split_layers(shape.num_layers, pipeline)
-    if layers is None:
-        raise ConfigError(
-            f"{shape.num_layers} layers do not split over {pipeline} pipeline stages without a longer or empty end"
-        )
-    # Causal context parallelism cuts a sequence into 2 chunks per rank; sequence parallelism cuts those by T.
-    pieces = tensor * (2 * context if context > 1 else 1)
-    if request.sequence_length % pieces:
-        raise ConfigError(
-            f"sequence length {request.sequence_length} does not divide into {pieces} pieces (tensor, context)"
-        )
-    layout = Layout(
-        tensor=tensor,
-        pipeline=pipeline,
-        context=context,
-        data=cluster.num_gpus // (tensor * pipeline * context),
-        layers_per_stage=layers,
-        virtual=request.virtual if pipeline > 1 else 1,
-    )
-    validate(layout.run_config(request), layout.world_size, check_paths=False)  # what the trainer would refuse
-    return layout
 
 
 def _candidates(request: PlanRequest) -> Iterator[tuple[int, int, int]]:
@@ -129,8 +115,41 @@ def _candidates(request: PlanRequest) -> Iterator[tuple[int, int, int]]:
                 yield tensor, pipeline, context
 
 
+def _layout(request: PlanRequest, tensor: int, pipeline: int, context: int) -> Layout:
+    """The layout of these sizes.
+
+    Raises:
+        ConfigError: it is illegal, and why.
+    """
+    cluster, num_layers = request.cluster, request.shape.num_layers
+    if pipeline > num_layers:
+        raise ConfigError(f"--pipeline {pipeline} exceeds the {num_layers} layers of the backbone")
+    if cluster.num_gpus % (tensor * pipeline * context):
+        raise ConfigError(
+            f"tensor {tensor} x pipeline {pipeline} x context {context} does not divide {cluster.num_gpus} GPUs"
+        )
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        data=cluster.num_gpus // (tensor * pipeline * context),
+        layers_per_stage=split_layers(num_layers, pipeline, request.first_layers, request.last_layers),
+        virtual=request.virtual,
+    )
+    parallel = layout.parallel_config(distributed_optimizer=request.distributed_optimizer)
+    validate(request.config_of(parallel), layout.world_size, check_paths=False)
+    if sum(layout.layers_per_stage) != num_layers:
+        raise ConfigError(
+            f"--first-layers {request.first_layers} and --last-layers {request.last_layers} do not leave equal "
+            f"stages of the {num_layers} layers at pipeline {pipeline}"
+        )
+    if cluster.node_size % tensor:
+        raise ConfigError(f"--tensor {tensor} does not divide the {cluster.node_size} GPUs of a node")
+    return layout
+
+
 def legal_layouts(request: PlanRequest) -> tuple[list[Layout], dict[str, int]]:
-    """All layouts that the trainer runs, and the reasons of the refused ones with how many layouts each refuses.
+    """All legal layouts, and the reasons of the refused ones with how many layouts each refuses.
 
     Raises:
         ConfigError: there is no legal layout; names the reasons.

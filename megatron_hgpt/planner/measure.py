@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.config import ParallelConfig, RunConfig
+from megatron_hgpt import cpu_platform
+from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.samples import IGNORE_INDEX, MicroBatch, Task
+from megatron_hgpt.model.transformer_impl import LOCAL
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.hardware import GPUS, Cluster
 from megatron_hgpt.planner.layouts import Layout
@@ -82,7 +84,7 @@ def synthetic_batch(request: PlanRequest, task: Task) -> MicroBatch:
     """A micro-batch of the request's shape: images first, supervised positions last, tokens without meaning."""
     micro, length = request.config.training.micro_batch_size, request.sequence_length
     vision = request.config.model.vision.hf_config
-    num_slots = request.images_per_sample * (vision["image_size"] // vision["patch_size"]) ** 2
+    num_slots = request.images_per_sample * request.config.model.vision.num_image_tokens
     image_mask = torch.zeros(micro, length, dtype=torch.bool)
     image_mask[:, :num_slots] = True
     labels = torch.full((micro, length), IGNORE_INDEX)
@@ -105,15 +107,15 @@ def compare(request: PlanRequest, layout: Layout, rank_model: RankModel) -> list
 
     Args:
         request: small enough to run here.
-        layout: the layout that parallel state was initialised with; pipeline and context 1.
+        layout: the layout that parallel state was initialised with; one pipeline stage.
         rank_model: what the plan expects on this rank.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_hgpt.optim import build_optimizer
 
-    config = layout.run_config(request)
-    (model,) = build_stage(config, device=torch.device("cpu"))
+    config = request.buildable_config_of(layout.parallel_config(distributed_optimizer=request.distributed_optimizer))
+    (model,) = build_stage(config, torch.device("cpu"))
     model.train()
     wanted = {"vocabulary" if group == "new_rows" else group for group in request.stage.trainable}
     with torch.no_grad():
@@ -132,7 +134,7 @@ def compare(request: PlanRequest, layout: Layout, rank_model: RankModel) -> list
     for task in request.tasks:
         sizes = ActivationModel(request=request, layout=layout, task=task, fused_swiglu=False)
         measured = saved_bytes(model, synthetic_batch(request, task))
-        results.append(Comparison(name=f"activations {task.value}", predicted=sizes.stage_bytes(0), measured=measured))
+        results.append(Comparison(name=f"activations {task.value}", predicted=sizes.chunk_bytes(0), measured=measured))
     ddp.finish_grad_sync()
     optimizer.step()
     parameters = [(parameter.requires_grad, parameter.nbytes) for parameter in model.parameters()]
@@ -149,7 +151,8 @@ def compare(request: PlanRequest, layout: Layout, rank_model: RankModel) -> list
 def small_request(config: RunConfig, num_gpus: int = 1, **changes: Any) -> PlanRequest:
     """A request for `config` in fp32 on as many processes as there are `num_gpus`."""
     training = dataclasses.replace(config.training, precision=changes.get("precision", "fp32"))
-    config = dataclasses.replace(config, training=training, model=dataclasses.replace(config.model, backbone=None))
+    model = dataclasses.replace(config.model, backbone=None, transformer_impl=LOCAL)
+    config = dataclasses.replace(config, training=training, model=model)
     defaults: dict[str, Any] = {
         "precision": "fp32",
         "supervised_tokens": dict.fromkeys(Task, config.model.max_seq_length // 4),
@@ -158,39 +161,35 @@ def small_request(config: RunConfig, num_gpus: int = 1, **changes: Any) -> PlanR
     return PlanRequest(config=config, cluster=cluster, **{**defaults, **changes})
 
 
-def compare_in_group(request: PlanRequest, layout: Layout) -> list[Comparison]:
-    """`compare` on every process of a group that torchrun (or a test) starts; predictions come first, on meta."""
+def compare_in_group(cases: Sequence[tuple[PlanRequest, Layout]]) -> list[list[Comparison]]:
+    """`compare` each case on every process of a group that torchrun (or a test) starts; all are of the group's size."""
     from megatron_hgpt import distributed
 
-    (rank_model,) = build_rank_models(request, layout)
-    parallel: ParallelConfig = layout.parallel_config(distributed_optimizer=request.distributed_optimizer)
-    distributed.initialize(parallel, seed=1)
+    cpu_platform.install_if_needed()
+    from megatron.core import parallel_state
+
+    # All predictions first: they need a process without a group.
+    predicted = [build_rank_models(request, layout)[0] for request, layout in cases]
+    results = []
     try:
-        return compare(request, layout, rank_model)
+        for (request, layout), rank_model in zip(cases, predicted, strict=True):
+            parallel = layout.parallel_config(distributed_optimizer=request.distributed_optimizer)
+            distributed.initialize(parallel, seed=1)
+            results.append(compare(request, layout, rank_model))
+            parallel_state.destroy_model_parallel()
     finally:
         distributed.shutdown()
+    return results
 
 
 def check_here() -> dict[str, list[Comparison]]:
     """The tiny preset in this process, by kind of recomputation."""
     from megatron_hgpt.config_io import load_config
 
-    results = {}
+    overrides = ["training.stage=stage3_joint", "training.global_batch_size=2", "training.micro_batch_size=2"]
+    cases = {}
     for recompute in ("none", "selective", "full"):
-        overrides = ["training.stage=stage3_joint", "training.global_batch_size=2", "training.micro_batch_size=2"]
         request = small_request(load_config(preset="tiny", overrides=overrides), recompute=recompute)
-        num_layers = request.shape.num_layers
-        layout = Layout(tensor=1, pipeline=1, context=1, data=1, layers_per_stage=(num_layers,))
-        results[recompute] = compare_in_group(request, layout)
-    return results
-
-
-def comparison_table(results: dict[str, Sequence[Comparison]] | dict[str, list[Comparison]]) -> str:
-    """Text: predicted and measured bytes and their deviation."""
-    lines = [f"{'recompute':<11}{'figure':<28}{'predicted':>14}{'measured':>14}{'deviation':>11}"]
-    for recompute, rows in results.items():
-        lines += [
-            f"{recompute:<11}{row.name:<28}{row.predicted:>14,}{row.measured:>14,}{row.deviation:>11.2%}"
-            for row in rows
-        ]
-    return "\n".join(lines)
+        layers = (request.shape.num_layers,)
+        cases[recompute] = request, Layout(tensor=1, pipeline=1, context=1, data=1, layers_per_stage=layers)
+    return dict(zip(cases, compare_in_group(list(cases.values())), strict=True))

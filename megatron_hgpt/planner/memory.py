@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_hgpt.planner.activations import ActivationModel
+from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.meta_model import RankModel
-from megatron_hgpt.planner.request import PlanRequest
+from megatron_hgpt.planner.request import FP32_BYTES, PlanRequest
+from megatron_hgpt.planner.schedule import peak_activation_bytes, working_bytes
 
-_GRADIENT_BYTES = 4
-"""The trainer's DDP reduces in fp32."""
-_MOMENT_BYTES = 8
+_MOMENT_BYTES = 2 * FP32_BYTES
 """Adam's two moments, fp32."""
 _ALIGN_PARAMETER, _ALIGN_BUFFER = 64, 128
 """Elements to which Megatron's distributed optimizer pads the start of a parameter, and the end of the buffer."""
@@ -30,22 +30,38 @@ class OptimizerBytes:
 
 
 def optimizer_bytes(
-    trained_numels: Sequence[int], *, master_copy: bool, distributed: bool, data_parallel_size: int
+    trained_numels: Sequence[Sequence[int]],
+    *,
+    master_copy: bool,
+    distributed: bool,
+    data_parallel_size: int,
+    offload: bool = False,
 ) -> OptimizerBytes:
     """Gradient buffer and optimizer state.
 
     Args:
-        trained_numels: elements per trained parameter, in module order.
+        trained_numels: per model chunk, elements of each trained parameter in module order.
         master_copy: the parameters are bf16, so the optimizer keeps an fp32 copy.
         distributed: optimizer state is sharded over the data-parallel ranks.
         data_parallel_size: data x context ranks.
+        offload: the moments live in host memory.
     """
-    per_element = _MOMENT_BYTES + (_GRADIENT_BYTES if master_copy else 0)
+    per_element = (0 if offload else _MOMENT_BYTES) + (FP32_BYTES if master_copy else 0)
     if not distributed:
-        total = sum(trained_numels)
-        return OptimizerBytes(gradients=total * _GRADIENT_BYTES, state=total * per_element)
+        total = sum(map(sum, trained_numels))
+        return OptimizerBytes(gradients=total * FP32_BYTES, state=total * per_element)
+    buffers, held = 0, [0] * data_parallel_size
+    for numels in trained_numels:
+        size, shards = _sharded_buffer(numels, data_parallel_size)
+        buffers += size
+        held = [sum(pair) for pair in zip(held, shards, strict=True)]
+    return OptimizerBytes(gradients=buffers * FP32_BYTES, state=max(held) * per_element)
+
+
+def _sharded_buffer(numels: Sequence[int], data_parallel_size: int) -> tuple[int, list[int]]:
+    """Elements of the gradient buffer of one model chunk, and of parameters in each rank's equal share of it."""
     ranges, end = [], 0
-    for numel in reversed(trained_numels):
+    for numel in reversed(numels):
         start = -(-end // _ALIGN_PARAMETER) * _ALIGN_PARAMETER
         end = start + numel
         ranges.append((start, end))
@@ -56,7 +72,7 @@ def optimizer_bytes(
     for start, stop in ranges:
         for rank in range(start // shard, (stop - 1) // shard + 1):
             held[rank] += min(stop, (rank + 1) * shard) - max(start, rank * shard)
-    return OptimizerBytes(gradients=padded * _GRADIENT_BYTES, state=max(held) * per_element)
+    return padded, held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +91,11 @@ class RankMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        return (
-            self.frozen
-            + self.trained
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.working
-            + self.reserve
-        )
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "pipeline_rank")
 
 
 def frozen_bytes(request: PlanRequest, model: RankModel) -> int:
-    """Frozen parameters as built; FP8 adds two copies of the base linears, as they are and transposed, 1 byte each.
-
-    Transformer Engine makes them once per step and keeps the bf16 weights. GPUs that multiply FP8 in any layout
-    (Blackwell) need one copy: there the figure is too large by a byte per weight.
-    """
+    """Frozen parameters as built; fp8 keeps the base linears in FP8 too, as they are and transposed."""
     copies = 2 * model.count("base_linears", trained=False) if request.precision == "fp8" else 0
     return model.bytes(trained=False) + copies
 
@@ -104,16 +108,17 @@ def rank_memory(request: PlanRequest, layout: Layout, model: RankModel) -> RankM
         master_copy=request.precision != "fp32",
         distributed=request.distributed_optimizer,
         data_parallel_size=layout.data * layout.context,
+        offload=request.config.optimizer.cpu_offload,
     )
     tasks = [ActivationModel(request=request, layout=layout, task=task) for task in request.tasks]
-    heaviest = max(tasks, key=lambda task: task.peak_bytes(rank) + task.working_bytes(rank))
+    activations, working = max(((peak_activation_bytes(s, rank), working_bytes(s, rank)) for s in tasks), key=sum)
     return RankMemory(
         pipeline_rank=rank,
         frozen=frozen_bytes(request, model),
         trained=model.bytes(trained=True),
         gradients=states.gradients,
         optimizer=states.state,
-        activations=heaviest.peak_bytes(rank),
-        working=heaviest.working_bytes(rank),
-        reserve=int(request.assumptions.reserve_gib * 2**30),
+        activations=activations,
+        working=working,
+        reserve=int(request.assumptions.reserve_gib * GIB),
     )

@@ -1,7 +1,7 @@
 """The real model of one rank on torch's meta device, under a fake process group of the layout's full size.
 
 Counts and dtypes come from the modules that a run would build, not from formulas: what the model's code changes, the
-plan follows.
+plan follows. `build_stage` is the one place that knows how a pipeline stage is built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.model.transformer_impl import LOCAL
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.stages import Stage, group_of, resolve_stage
@@ -46,26 +45,23 @@ class RankModel:
     pipeline_rank: int
     num_layers: int
     groups: tuple[ParameterGroup, ...]
-    trained_numels: tuple[int, ...]
-    """Elements of every trained parameter, in the order of the module: it fixes the gradient buffer's padding."""
+    trained_numels: tuple[tuple[int, ...], ...]
+    """Elements of every trained parameter per model chunk, in module order: it fixes the gradient buffer's padding."""
     tensor_reduced_numel: int
     """Elements of trained parameters whose gradients are summed over the tensor-parallel ranks (sequence parallel)."""
 
+    def _chosen(self, names: tuple[str, ...], trained: bool | None) -> Iterator[ParameterGroup]:
+        for group in self.groups:
+            if (not names or group.name in names) and trained in (None, group.is_trained):
+                yield group
+
     def count(self, *names: str, trained: bool | None = None) -> int:
         """Parameters of some groups (all without names)."""
-        return sum(
-            group.num_parameters
-            for group in self.groups
-            if (not names or group.name in names) and trained in (None, group.is_trained)
-        )
+        return sum(group.num_parameters for group in self._chosen(names, trained))
 
     def bytes(self, *names: str, trained: bool | None = None) -> int:
         """Bytes of some groups (all without names), as built."""
-        return sum(
-            group.num_bytes
-            for group in self.groups
-            if (not names or group.name in names) and trained in (None, group.is_trained)
-        )
+        return sum(group.num_bytes for group in self._chosen(names, trained))
 
 
 @contextlib.contextmanager
@@ -99,8 +95,8 @@ def fake_layout(layout: Layout, pipeline_rank: int) -> Iterator[None]:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tensor,
                 pipeline_model_parallel_size=layout.pipeline,
-                context_parallel_size=layout.context,
                 virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+                context_parallel_size=layout.context,
                 create_gloo_process_groups=False,
             )
             yield
@@ -120,7 +116,7 @@ def _everything_on_meta() -> Iterator[None]:
         torch.cuda.current_device = real  # type: ignore[assignment]
 
 
-def build_stage(config: RunConfig, *, device: torch.device = _META) -> list[HealthGPT]:
+def build_stage(config: RunConfig, device: torch.device = _META) -> list[HealthGPT]:
     """The model chunks of this process's pipeline stage, their weights undefined.
 
     Args:
@@ -128,36 +124,15 @@ def build_stage(config: RunConfig, *, device: torch.device = _META) -> list[Heal
         device: where they are built; on meta they have shapes only.
     """
     cpu_platform.install_if_needed()
-    from megatron.core import parallel_state
+    from megatron_hgpt.model.healthgpt import bare_model_chunks
 
-    from megatron_hgpt.model.backbone import read_backbone, transformer_config
-    from megatron_hgpt.model.healthgpt import HealthGPT, plugins_of
-
-    # FP8 is a way of multiplying: parameters are bf16, and the local layers hold the same ones.
-    precision = "bf16" if config.training.precision == "fp8" else config.training.precision
-    config = dataclasses.replace(
-        config,
-        training=dataclasses.replace(config.training, precision=precision),
-        model=dataclasses.replace(config.model, transformer_impl=LOCAL),
-    )
-    shape = read_backbone(config.model.hf_config)
-    transformer = transformer_config(shape, config.model, config.parallel, config.training)
-    plugins = plugins_of(config, dict(resolve_stage(config.training).dropout))
-    num_chunks = config.parallel.virtual_pipeline_model_parallel_size
     with _everything_on_meta() if device == _META else contextlib.nullcontext():
-        return [
-            HealthGPT(
-                config,
-                transformer,
-                shape,
-                plugins,
-                device,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
-                vp_stage=chunk,
-            )
-            for chunk in ([None] if num_chunks is None else range(num_chunks))
-        ]
+        return bare_model_chunks(
+            config,
+            device,
+            dropout=dict(resolve_stage(config.training).dropout),
+            with_tower=config.data.feature_cache is None,
+        )
 
 
 def _kind_of(name: str) -> str:
@@ -169,19 +144,23 @@ def _kind_of(name: str) -> str:
     return group
 
 
-def describe_chunks(chunks: Sequence[HealthGPT], stage: Stage, *, pipeline_rank: int) -> RankModel:
-    """Count the parameters of a rank's model chunks by kind, and which of them `stage` trains."""
+def describe_stage(chunks: Sequence[HealthGPT], stage: Stage, *, pipeline_rank: int) -> RankModel:
+    """Count the parameters of a stage by kind, and which of them `stage` trains."""
     wanted = {"vocabulary" if group == "new_rows" else group for group in stage.trainable}
     totals: dict[tuple[str, bool], list[int]] = {}
-    numels, reduced = [], 0
-    for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
-        trained = group_of(name) in wanted
-        entry = totals.setdefault((_kind_of(name), trained), [0, 0])
-        entry[0] += parameter.numel()
-        entry[1] += parameter.numel() * parameter.element_size()
-        if trained:
-            numels.append(parameter.numel())
-            reduced += parameter.numel() if getattr(parameter, "sequence_parallel", False) else 0
+    numels: list[tuple[int, ...]] = []
+    reduced = 0
+    for chunk in chunks:
+        trained_here = []
+        for name, parameter in chunk.named_parameters():
+            trained = group_of(name) in wanted
+            entry = totals.setdefault((_kind_of(name), trained), [0, 0])
+            entry[0] += parameter.numel()
+            entry[1] += parameter.nbytes
+            if trained:
+                trained_here.append(parameter.numel())
+                reduced += parameter.numel() if getattr(parameter, "sequence_parallel", False) else 0
+        numels.append(tuple(trained_here))
     return RankModel(
         pipeline_rank=pipeline_rank,
         num_layers=sum(len(chunk.language_model.decoder.layers) for chunk in chunks),
@@ -199,16 +178,16 @@ def build_rank_models(request: PlanRequest, layout: Layout) -> list[RankModel]:
 
     Raises:
         ConfigError: the model refuses the layout.
-        HealthGPTError: the process has a process group already.
+        HealthGPTError: the process has a process group already, or Megatron splits the layers otherwise.
     """
-    config, last = layout.run_config(request), layout.pipeline - 1
+    config = request.buildable_config_of(layout.parallel_config(distributed_optimizer=request.distributed_optimizer))
     built: dict[tuple[bool, bool, int], RankModel] = {}
     models = []
     for rank, num_layers in enumerate(layout.layers_per_stage):
-        key = (rank == 0, rank == last, num_layers)
+        key = (rank == 0, rank == layout.pipeline - 1, num_layers)
         if key not in built:
             with fake_layout(layout, rank):
-                built[key] = describe_chunks(build_stage(config), request.stage, pipeline_rank=rank)
+                built[key] = describe_stage(build_stage(config), request.stage, pipeline_rank=rank)
             if built[key].num_layers != num_layers:
                 raise HealthGPTError(
                     f"{layout.name}: Megatron put {built[key].num_layers} layers on pipeline rank {rank}, the plan "

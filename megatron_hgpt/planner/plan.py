@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from megatron_hgpt.planner import communication
 from megatron_hgpt.planner.activations import ActivationModel
+from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.layouts import Layout, legal_layouts
 from megatron_hgpt.planner.memory import RankMemory, rank_memory
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models
 from megatron_hgpt.planner.request import PlanRequest
-from megatron_hgpt.planner.timing import StepTime, model_flops_per_step, num_micro_batches, step_time, task_weights
+from megatron_hgpt.planner.timing import StepTime, model_flops_per_step, step_time, task_weights
 from megatron_hgpt.validation import global_batch_size
 
 
@@ -49,16 +50,10 @@ class Plan:
 
 
 def _traffic(request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]) -> dict:
-    count, totals = num_micro_batches(request, layout), {}
-    per_micro_batch = {
-        "tensor": communication.tensor_traffic,
-        "hlora": communication.hlora_traffic,
-        "context": communication.context_traffic,
-        "pipeline": communication.pipeline_traffic,
-    }
+    count, totals = layout.num_micro_batches(request), {}
     weights = task_weights(request)
     sizes = {task: ActivationModel(request=request, layout=layout, task=task) for task in weights}
-    for name, traffic in per_micro_batch.items():
+    for name, traffic in communication.PER_MICRO_BATCH.items():
         totals[name] = max(
             count * sum(weight * traffic(sizes[task], rank).bytes for task, weight in weights.items())
             for rank in range(layout.pipeline)
@@ -79,14 +74,14 @@ def plan_layout(request: PlanRequest, layout: Layout, models: list[RankModel]) -
     tokens = global_batch_size(request.config) * request.sequence_length
     return LayoutPlan(
         layout=layout,
-        num_micro_batches=num_micro_batches(request, layout),
+        num_micro_batches=layout.num_micro_batches(request),
         models=models,
         memories=memories,
         traffic_bytes=_traffic(request, layout, models, memories),
         time=time,
         tokens_per_s=tokens / time.total,
         mfu=model_flops_per_step(request) / (time.total * layout.world_size * request.peak_tflops * 1e12),
-        fits=max(memory.total for memory in memories) <= request.cluster.gpu.memory_gib * 2**30,
+        fits=max(memory.total for memory in memories) <= request.cluster.gpu.memory_gib * GIB,
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.plan import LayoutPlan, Plan
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.validation import global_batch_size
 
-_GIB = 2**30
 _COLUMNS = ("TP", "PP", "CP", "DP", "micro", "fits", "GiB", "frozen", "train", "grad", "optim", "activ", "work",
             "step s", "tok/s", "MFU", "bottleneck")  # fmt: skip
 
@@ -18,11 +18,12 @@ def _row(plan: LayoutPlan) -> list[str]:
     layout, peak, time = plan.layout, plan.peak, plan.time
     sizes = (peak.total, peak.frozen, peak.trained, peak.gradients, peak.optimizer, peak.activations, peak.working)
     share = getattr(time, time.bottleneck) / time.total
+    pipeline = f"{layout.pipeline}x{layout.virtual}" if layout.virtual > 1 else str(layout.pipeline)
     return [
-        *(str(size) for size in (layout.tensor, layout.pipeline, layout.context, layout.data)),
+        *(str(layout.tensor), pipeline, str(layout.context), str(layout.data)),
         str(plan.num_micro_batches),
         "yes" if plan.fits else "no",
-        *(f"{size / _GIB:.1f}" for size in sizes),
+        *(f"{size / GIB:.1f}" for size in sizes),
         f"{time.total:.2f}",
         f"{plan.tokens_per_s:,.0f}",
         f"{plan.mfu:.1%}",
@@ -39,7 +40,8 @@ def header_lines(request: PlanRequest) -> list[str]:
         f"model       {request.config.name}: {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_heads} "
         f"heads, {shape.num_kv_heads} KV heads",
         f"training    {training.stage}, {request.precision}, recompute {request.recompute}, distributed optimizer "
-        f"{'on' if request.distributed_optimizer else 'off'}",
+        f"{'on' if request.distributed_optimizer else 'off'}, "
+        f"{'local' if request.uses_local_layers else 'Transformer Engine'} layers",
         f"batch       {global_batch_size(request.config)} samples of {request.sequence_length} tokens, micro batch "
         f"{training.micro_batch_size}, {request.images_per_sample} image(s) per sample",
         f"head        runs at supervised positions only, per sample: {supervised}",
@@ -83,11 +85,20 @@ def table(plan: Plan, *, top: int) -> str:
 def override_arguments(request: PlanRequest, plan: LayoutPlan) -> list[str]:
     """The layout as ``key=value`` arguments of a training run."""
     parallel = plan.layout.parallel_config(distributed_optimizer=request.distributed_optimizer)
-    return [
+    arguments = [
         f"parallel.{field.name}={str(value).lower()}"
         for field in dataclasses.fields(parallel)
         if (value := getattr(parallel, field.name)) != getattr(type(parallel)(), field.name)
     ]
+    return [*arguments, *_training_overrides(request)]
+
+
+def _training_overrides(request: PlanRequest) -> list[str]:
+    """What of precision and recomputation differs from the configuration that was read."""
+    asked = {"precision": request.precision, "recompute": request.recompute}
+    now = {"precision": request.config.training.precision, "recompute": request.config.training.recompute or "none"}
+    given = {"none": "null"}
+    return [f"training.{name}={given.get(value, value)}" for name, value in asked.items() if value != now[name]]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

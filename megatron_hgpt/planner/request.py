@@ -10,11 +10,14 @@ from megatron_hgpt.config import ParallelConfig, RunConfig
 from megatron_hgpt.data.samples import TASKS, Task
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone
+from megatron_hgpt.model.transformer_impl import LOCAL
 from megatron_hgpt.planner.hardware import Cluster
 from megatron_hgpt.stages import Stage, resolve_stage
+from megatron_hgpt.validation import validate
 
 BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
-"""Bytes of an activation and of a parameter as built; what FP8 adds is counted where it lies."""
+"""Bytes of an activation and of a parameter; fp8 keeps both in bf16, with FP8 copies beside them."""
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,14 @@ class PlanRequest:
     """One question to the planner.
 
     Attributes:
-        config: model, stage, micro and global batch size; its parallel section is ignored.
-        precision: bf16, fp8 (frozen base linears multiplied in FP8, all else bf16) or fp32.
+        config: model, stage, micro and global batch size; its parallel section is ignored. Samples of
+            `model.max_seq_length` tokens, not packed.
+        precision: bf16, fp8 (GEMMs of the frozen linears in FP8) or fp32.
         recompute: none, selective (core attention) or full (every layer).
         supervised_tokens: supervised positions per sample, by task: all that head and loss work on.
         tensor, pipeline, context: fixed sizes; None tries every legal one.
-        virtual: model chunks per pipeline stage (interleaved 1F1B), where there are stages.
+        virtual: model chunks per pipeline stage.
+        first_layers, last_layers: layers of the first and the last pipeline stage; None splits as equally as it goes.
     """
 
     config: RunConfig
@@ -65,6 +70,8 @@ class PlanRequest:
     pipeline: int | None = None
     context: int | None = None
     virtual: int = 1
+    first_layers: int | None = None
+    last_layers: int | None = None
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
@@ -76,30 +83,30 @@ class PlanRequest:
                 raise ConfigError(f"--{name} {value!r} is unknown; use one of {', '.join(allowed)}")
         if self.precision == "fp8" and self.cluster.gpu.fp8_tflops is None:
             raise ConfigError(f"--precision fp8: {self.cluster.gpu_name} has no FP8 unit; use bf16")
-        for name in ("tensor", "pipeline", "context"):
+        for name in ("tensor", "pipeline", "context", "virtual"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name} {value} must be at least 1")
-        if self.virtual < 1:
-            raise ConfigError(f"--virtual-pipeline {self.virtual} must be at least 1")
         if self.images_per_sample < 0:
             raise ConfigError(f"--images-per-sample {self.images_per_sample} must be at least 0")
+        self._check_config()
         sequence = self.sequence_length
-        if not 0 < sequence <= self.shape.max_positions:
-            raise ConfigError(
-                f"--seq-length {sequence} must lie between 1 and the backbone's max_position_embeddings="
-                f"{self.shape.max_positions}"
-            )
         for task, count in self.supervised_tokens.items():
             if not 0 < count <= sequence:
                 raise ConfigError(
                     f"{count} supervised tokens of a {task.value} sample must lie between 1 and the sequence "
                     f"length {sequence}; set --supervised-tokens"
                 )
-        if missing := [task.value for task in self.tasks if not getattr(self.config.model.hlora, task.value)]:
+
+    def _check_config(self) -> None:
+        """What every layout would be refused for."""
+        if self.config.engine.name != "megatron":
+            raise ConfigError(f"engine.name={self.config.engine.name} is not planned for; set engine.name=megatron")
+        if self.config.data.packing != "none":
             raise ConfigError(
-                f"--stage {self.config.training.stage} trains {missing[0]}, but model.hlora.{missing[0]} is null; "
-                "name a stage of the other task"
+                f"data.packing={self.config.data.packing} is not planned for: set data.packing=none, and --seq-length "
+                "to the length of a packed row"
             )
+        validate(self.config_of(ParallelConfig()), 1, check_paths=False)
 
     @property
     def stage(self) -> Stage:
@@ -127,6 +134,11 @@ class PlanRequest:
         return BYTES[self.precision]
 
     @property
+    def uses_local_layers(self) -> bool:
+        """megatron.core's layers; on a GPU `auto` means Transformer Engine's."""
+        return self.config.model.transformer_impl == LOCAL
+
+    @property
     def peak_tflops(self) -> float:
         """Dense peak of the base model's GEMMs, TFLOP/s; fp32 runs as TF32, half of bf16 on every GPU of the table."""
         gpu = self.cluster.gpu
@@ -135,8 +147,7 @@ class PlanRequest:
         return gpu.bf16_tflops / (2 if self.precision == "fp32" else 1)
 
     def config_of(self, parallel: ParallelConfig) -> RunConfig:
-        """The run configuration of one layout, with random weights of the right shapes instead of folders."""
-        vision = dataclasses.replace(self.config.model.vision, tower=None)
+        """The run configuration of one layout, as a training run would have it."""
         training = dataclasses.replace(
             self.config.training,
             precision=self.precision,
@@ -144,8 +155,17 @@ class PlanRequest:
             num_steps=1,
             num_epochs=None,
         )
-        model = dataclasses.replace(self.config.model, backbone=None, vision=vision)
+        # Fields of TransformerConfig are checked where models are built: that needs the layers of this machine.
+        model = dataclasses.replace(self.config.model, transformer_overrides={})
         return dataclasses.replace(self.config, model=model, parallel=parallel, training=training)
+
+    def buildable_config_of(self, parallel: ParallelConfig) -> RunConfig:
+        """As `config_of`, for a machine without a GPU: local layers (as many parameters), no weight folders."""
+        config = self.config_of(parallel)
+        vision = dataclasses.replace(config.model.vision, tower=None)
+        config.model = dataclasses.replace(self.config.model, backbone=None, vision=vision, transformer_impl=LOCAL)
+        config.training.precision = "bf16" if self.precision == "fp8" else self.precision
+        return config
 
 
 def default_supervised_tokens(config: RunConfig) -> dict[Task, int]:

@@ -19,6 +19,7 @@ from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.memory import RankMemory
 from megatron_hgpt.planner.meta_model import RankModel
 from megatron_hgpt.planner.request import PlanRequest
+from megatron_hgpt.stages import ADAPTER_GROUPS
 from megatron_hgpt.validation import global_batch_size
 
 
@@ -32,6 +33,7 @@ class StepTime:
     tensor_comm: float
     hlora_comm: float
     context_comm: float
+    vision_comm: float
     pipeline_comm: float
     pipeline_bubble: float
     """Waiting for the other stages at the start and the end of the step."""
@@ -47,11 +49,6 @@ class StepTime:
     def bottleneck(self) -> str:
         """The largest part."""
         return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
-
-
-def num_micro_batches(request: PlanRequest, layout: Layout) -> int:
-    """Micro-batches per rank and step."""
-    return global_batch_size(request.config) // (request.config.training.micro_batch_size * layout.data)
 
 
 def task_weights(request: PlanRequest) -> dict[Task, float]:
@@ -77,16 +74,16 @@ def _tower_blocks(request: PlanRequest, task: Task) -> float:
 
 
 def _first_stage_flops(sizes: ActivationModel, counts: dict[str, int]) -> float:
-    """Tower, forward only, its images split over the tensor ranks; adapter on all images on every rank."""
+    """Tower, forward only, its images split over tensor and context ranks; adapter on all images on every rank."""
     request = sizes.request
-    vision = request.config.model.vision.hf_config
-    num_images = request.images_per_sample * request.config.training.micro_batch_size
-    positions = (vision["image_size"] // vision["patch_size"]) ** 2
-    adapter = "abstract_adapter" if sizes.task is Task.COMPREHENSION else "concrete_adapter"
-    images_here = -(-num_images // sizes.layout.tensor)
-    tower = 2 * counts["tower"] * _tower_blocks(request, sizes.task) * images_here * (positions + 1)
-    per_parameter = 6 if sizes.trains_adapter else 2
-    return tower + per_parameter * counts.get(adapter, 0) * num_images * positions
+    num_images, positions = request.images_per_sample * sizes.micro_batch_size, sizes.num_image_positions
+    adapter = next(name for name, task in ADAPTER_GROUPS.items() if task is sizes.task)
+    work: float = (6 if sizes.trains_adapter else 2) * counts.get(adapter, 0) * positions
+    if num_images and request.config.data.feature_cache is None:
+        images_here = -(-num_images // (sizes.layout.tensor * sizes.layout.context))
+        per_image = positions // num_images + 1
+        work += 2 * counts["tower"] * _tower_blocks(request, sizes.task) * images_here * per_image
+    return work
 
 
 def _compute_seconds(sizes: ActivationModel, model: RankModel, counts: dict[str, int]) -> float:
@@ -101,7 +98,7 @@ def _compute_seconds(sizes: ActivationModel, model: RankModel, counts: dict[str,
     if plugin is not None:
         share = layers / shape.num_layers / layout.tensor
         bf16 += ((6 if sizes.trains_plugin else 4) + again) * count_hlora(shape, plugin) * share * tokens
-    keys = request.sequence_length / 2
+    keys = layout.padded_length(request) / 2
     if shape.sliding_window is not None:
         keys = min(keys, shape.sliding_window)
     forward = 4 * keys * shape.num_heads * shape.head_dim / layout.tensor * tokens * layers
@@ -121,41 +118,37 @@ def _micro_batch_seconds(
     request: PlanRequest, layout: Layout, model: RankModel, counts: dict[str, int]
 ) -> dict[str, float]:
     """Parts of one micro-batch's time on one stage, averaged over the tasks."""
-    rank, layout_span = model.pipeline_rank, layout.tensor * layout.context
-    parts = dict.fromkeys(
-        ("compute", "memory_bound", "tensor_comm", "hlora_comm", "context_comm", "pipeline_comm"), 0.0
-    )
+    rank, parts = model.pipeline_rank, dict[str, float]()
+    hbm = request.cluster.gpu.hbm_gb_s * 1e9
     for task, weight in task_weights(request).items():
         sizes = ActivationModel(request=request, layout=layout, task=task)
         moved = sum(sizes.layer_bytes().values()) * layout.layers_per_stage[rank]
-        hbm = request.cluster.gpu.hbm_gb_s * 1e9
         seconds = {
             "compute": _compute_seconds(sizes, model, counts),
             "memory_bound": request.assumptions.elementwise_passes * moved / hbm,
-            "tensor_comm": _seconds(request, communication.tensor_traffic(sizes, rank), layout.tensor),
-            "hlora_comm": _seconds(request, communication.hlora_traffic(sizes, rank), layout.tensor),
-            "context_comm": _seconds(request, communication.context_traffic(sizes, rank), layout_span),
-            "pipeline_comm": _seconds(request, communication.pipeline_traffic(sizes, rank), layout.world_size),
         }
+        for purpose, traffic in communication.PER_MICRO_BATCH.items():
+            span = communication.span_of(purpose, layout)
+            seconds[f"{purpose}_comm"] = _seconds(request, traffic(sizes, rank), span)
         for name, value in seconds.items():
-            parts[name] += weight * value
+            parts[name] = parts.get(name, 0.0) + weight * value
     return parts
 
 
 def step_time(request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]) -> StepTime:
-    """1F1B: the slowest stage runs its micro-batches, every other stage is waited for once, by one chunk."""
+    """1F1B: the slowest stage runs its micro-batches, every other stage is waited for once (for one of its chunks)."""
     counts = count_parameters(request.config.model)
     stages = [_micro_batch_seconds(request, layout, model, counts) for model in models]
     totals = [sum(stage.values()) for stage in stages]
     slowest = totals.index(max(totals))
-    count = num_micro_batches(request, layout)
+    count = layout.num_micro_batches(request)
     sizes = ActivationModel(request=request, layout=layout, task=request.tasks[0])
     hbm = request.cluster.gpu.hbm_gb_s * 1e9
     gradient, optimizer = 0.0, 0.0
     for model, memory in zip(models, memories, strict=True):
         reduced = communication.gradient_traffic(sizes, model, memory.gradients)
         summed = communication.replicated_gradient_traffic(sizes, model)
-        span = layout.tensor * layout.context * layout.data
+        span = communication.span_of("gradients", layout)
         gradient = max(gradient, _seconds(request, reduced, span) + _seconds(request, summed, layout.tensor))
         # Gradients: zeroed, read for the norm and for the update. State: read and written. Parameters: written.
         optimizer = max(optimizer, (3 * memory.gradients + 2 * memory.optimizer + memory.trained) / hbm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from megatron_hgpt.planner.layouts import Layout, legal_layouts, split_layers
 from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens
 
 
-def request(preset: str = "healthgpt_l14", *overrides: str, num_gpus: int = 512, **changes: Any) -> PlanRequest:
+def request(
+    preset: str = "healthgpt_l14", *, overrides: Sequence[str] = (), num_gpus: int = 512, **changes: Any
+) -> PlanRequest:
     config = load_config(preset=preset, overrides=overrides)
     cluster = Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=num_gpus, gpus_per_node=8)
     return PlanRequest(
@@ -22,14 +25,14 @@ def request(preset: str = "healthgpt_l14", *overrides: str, num_gpus: int = 512,
 
 
 def test_every_legal_layout_uses_all_gpus_and_shards_what_it_says() -> None:
-    layouts, refused = legal_layouts(request("healthgpt_l14", "model.max_seq_length=4096"))
+    layouts, refused = legal_layouts(request(overrides=["model.max_seq_length=4096"]))
     assert {layout.tensor for layout in layouts} == {1, 2}  # of 1, 2, 5, 10 those that divide a node of 8
     assert len({layout.name for layout in layouts}) == len(layouts) > 10
     for layout in layouts:
         assert layout.world_size == 512
         assert sum(layout.layers_per_stage) == 40
         assert 128 % layout.data == 0  # the stage's global batch
-    assert any("40 layers do not split over 16 pipeline stages" in reason for reason in refused)
+    assert any(len(set(layout.layers_per_stage)) > 1 for layout in layouts)
     assert any("tensor_model_parallel_size=4" in reason and "10 KV heads" in reason for reason in refused)
 
 
@@ -41,15 +44,14 @@ def test_l14_with_tensor_4_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensor": 16, "preset": "healthgpt_m3"}, "tensor 16 does not divide the 8 GPUs of a node"),
+        ({"tensor": 16, "preset": "healthgpt_m3"}, "--tensor 16 does not divide the 8 GPUs of a node"),
         ({"pipeline": 3}, "does not divide 512 GPUs"),
-        ({"pipeline": 16, "tensor": 1}, "40 layers do not split over 16 pipeline stages"),
         ({"pipeline": 64}, "pipeline 64 exceeds the 40 layers"),
-        (
-            {"tensor": 1, "pipeline": 1},
-            "global_batch_size=128 must be a .* data parallel size .512.",
-        ),
-        ({"tensor": 2, "context": 4, "overrides": ["model.max_seq_length=2044"]}, "does not divide into 16 pieces"),
+        ({"tensor": 1, "pipeline": 1}, "global_batch_size=128 .* data parallel size .512"),
+        ({"pipeline": 4, "first_layers": 9}, "31 of the 40 layers cannot be split evenly over 3 stages"),
+        ({"pipeline": 4, "virtual": 3}, "virtual_pipeline_model_parallel_size=3 must .* divide the layers"),
+        ({"num_gpus": 1, "first_layers": 9}, "--first-layers 9 .* 40 layers at pipeline 1"),
+        ({"precision": "fp8", "overrides": ["model.transformer_impl=local"]}, "fp8 needs Transformer Engine"),
         (
             {"tensor": 8, "preset": "healthgpt_m3", "overrides": ["model.vocabulary.pad_to_multiple=1"]},
             "40206 padded vocabulary rows cannot be sharded over tensor_model_parallel_size=8",
@@ -59,7 +61,7 @@ def test_l14_with_tensor_4_is_refused_with_the_reason() -> None:
 def test_why_a_layout_is_illegal(changes: dict[str, Any], message: str) -> None:
     preset, overrides = changes.pop("preset", "healthgpt_l14"), changes.pop("overrides", [])
     with pytest.raises(ConfigError, match=message):
-        legal_layouts(request(preset, *overrides, **changes))
+        legal_layouts(request(preset, overrides=overrides, **changes))
 
 
 @pytest.mark.parametrize(
@@ -67,39 +69,36 @@ def test_why_a_layout_is_illegal(changes: dict[str, Any], message: str) -> None:
     [
         (40, 8, (5,) * 8),
         (40, 3, (13, 14, 13)),
-        (5, 2, (2, 3)),
+        (40, 16, (6, *[2] * 14, 6)),
+        (41, 2, (20, 21)),
         (64, 7, (7, *[10] * 5, 7)),
-        (40, 16, None),  # 3 in each of 14 leave none for the ends
-        (5, 1, (5,)),
+        (5, 5, (1,) * 5),
+        (7, 1, (7,)),
     ],
 )
-def test_layers_are_split_evenly_or_with_shorter_ends(
-    num_layers: int, num_stages: int, expected: tuple[int, ...] | None
-) -> None:
-    layers = split_layers(num_layers, num_stages)
-    assert layers == expected
-    assert layers is None or sum(layers) == num_layers
+def test_layers_are_split_as_equally_as_megatron_can(num_layers: int, num_stages: int, expected: tuple) -> None:
+    assert split_layers(num_layers, num_stages) == expected
 
 
-def test_a_layout_as_a_section_of_a_run() -> None:
-    uneven = Layout(tensor=1, pipeline=3, context=1, data=1, layers_per_stage=(1, 2, 1))
-    section = uneven.parallel_config(distributed_optimizer=True)
-    assert (section.num_layers_in_first_pipeline_stage, section.num_layers_in_last_pipeline_stage) == (1, 1)
-    even = Layout(tensor=2, pipeline=2, context=1, data=1, layers_per_stage=(2, 2), virtual=2)
-    section = even.parallel_config(distributed_optimizer=False)
-    assert section.sequence_parallel and section.virtual_pipeline_model_parallel_size == 2
-    assert section.num_layers_in_first_pipeline_stage is None
+def test_given_ends_leave_the_rest_to_the_others() -> None:
+    assert split_layers(40, 4, 10, 6) == (10, 12, 12, 6)
+    assert split_layers(40, 4, first=7) == (7, 11, 11, 11)
+    assert split_layers(40, 2, 15, 25) == (15, 25)
 
 
-def test_what_the_trainer_refuses_is_illegal() -> None:
-    with pytest.raises(ConfigError, match="virtual_pipeline_model_parallel_size=3 must be at least 2 and divide"):
-        legal_layouts(request(tensor=2, pipeline=4, virtual=3))
-    config = ["model.transformer_impl=local"]
-    with pytest.raises(ConfigError, match="precision=fp8 needs Transformer Engine"):
-        legal_layouts(request("healthgpt_l14", *config, precision="fp8"))
-    asked = request("healthgpt_l14", "training.global_batch_size=512", tensor=2, pipeline=4, context=1, virtual=5)
-    (layout,), _ = legal_layouts(asked)
-    assert layout.name == "TP2 PP4x5 CP1 DP64"
+def test_uneven_and_interleaved_stages_become_the_trainer_s_fields() -> None:
+    ends = Layout(tensor=1, pipeline=3, context=1, data=1, layers_per_stage=(1, 2, 1))
+    parallel = ends.parallel_config(distributed_optimizer=False)
+    assert (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage) == (1, 1)
+    even = Layout(tensor=1, pipeline=2, context=1, data=1, layers_per_stage=(2, 2), virtual=2)
+    parallel = even.parallel_config(distributed_optimizer=False)
+    assert (parallel.num_layers_in_first_pipeline_stage, parallel.virtual_pipeline_model_parallel_size) == (None, 2)
+
+
+def test_samples_are_padded_as_the_trainer_pads_them() -> None:
+    layout = Layout(tensor=2, pipeline=1, context=4, data=1, layers_per_stage=(40,))
+    assert layout.padded_length(request(overrides=["model.max_seq_length=2044"])) == 2048
+    assert layout.padded_length(request(overrides=["model.max_seq_length=2050"], precision="fp8")) == 2176
 
 
 @pytest.mark.parametrize(
@@ -118,9 +117,11 @@ def test_what_the_trainer_refuses_is_illegal() -> None:
         (lambda: request(recompute="some"), "--recompute 'some' is unknown"),
         (lambda: request(tensor=0), "--tensor 0 must be at least 1"),
         (lambda: request(images_per_sample=-1), "--images-per-sample -1"),
-        (lambda: request("healthgpt_l14", "model.max_seq_length=20000"), "--seq-length 20000 .*=16384"),
-        (lambda: request("healthgpt_xl32"), "--stage stage3_joint trains generation, but model.hlora.generation is"),
-        (lambda: request("healthgpt_l14", "training.stage=stage4"), "training.stage='stage4' is unknown"),
+        (lambda: request(overrides=["model.max_seq_length=20000"]), "max_seq_length=20000 exceeds .*=16384"),
+        (lambda: request("healthgpt_xl32"), "stage=stage3_joint trains generation, but model.hlora.generation is"),
+        (lambda: request(overrides=["training.stage=stage4"]), "training.stage='stage4' is unknown"),
+        (lambda: request(overrides=["engine.name=deepspeed"]), "engine.name=deepspeed is not planned for"),
+        (lambda: request(overrides=["data.packing=mixed"]), "data.packing=mixed is not planned for"),
     ],
 )
 def test_bad_input_is_named(call: Any, message: str) -> None:
