@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.data.samples import IGNORE_INDEX, MicroBatch, Task
+from megatron_hgpt.samples import IGNORE_INDEX, MicroBatch, Task
 
 LossReport = dict[str, Any]
 """Of one micro-batch: losses (task -> sum in nats and number of supervised tokens, detached), num_tokens (content),

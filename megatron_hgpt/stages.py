@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_hgpt.config import TrainingConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError
 
 ADAPTER_GROUPS = {"abstract_adapter": Task.COMPREHENSION, "concrete_adapter": Task.GENERATION}

@@ -14,7 +14,7 @@ import torch
 
 from megatron_hgpt.checkpoint import Checkpointer, named_parameters
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
+from megatron_hgpt.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines import build_engine
 from megatron_hgpt.errors import HealthGPTError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model.backbone import (

@@ -32,7 +32,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from megatron_hgpt import distributed
-    from megatron_hgpt.data.samples import Task
+    from megatron_hgpt.samples import Task
     from megatron_hgpt.errors import HealthGPTError
     from megatron_hgpt.inference.loading import load_run
 

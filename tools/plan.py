@@ -72,7 +72,7 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
         ConfigError: an argument that is malformed or does not fit another one.
     """
     from megatron_hgpt.config_io import load_config
-    from megatron_hgpt.data.samples import TASKS
+    from megatron_hgpt.samples import TASKS
     from megatron_hgpt.errors import ConfigError
     from megatron_hgpt.planner.hardware import Cluster, gpu_named
     from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens

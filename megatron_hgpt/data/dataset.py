@@ -10,7 +10,7 @@ import torch
 
 from megatron_hgpt.data.feature_cache import FeatureCache
 from megatron_hgpt.data.mmap_format import DatasetReader
-from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
+from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
 from megatron_hgpt.data.templates import resolve_system_prompt
 from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.model.vocabulary import Vocabulary

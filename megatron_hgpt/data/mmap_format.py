@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.mmap_format import DatasetWriter, sha256_of
-from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, Sample
+from megatron_hgpt.samples import IMAGE_TOKEN_ID, Sample
 from megatron_hgpt.data.templates import encode_conversation, end_token_id, resolve_system_prompt
 from megatron_hgpt.data.tokenizer import TextTokenizer
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_hgpt.data.samples import MicroBatch
+from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.forward_step import LossReport
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

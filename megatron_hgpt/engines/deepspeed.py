@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.samples import MicroBatch
+from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines.base import MAIN, MOMENTS, OptimizerState
 from megatron_hgpt.engines.deepspeed_settings import deepspeed_json

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.samples import MicroBatch
+from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.engines.base import OptimizerState
 from megatron_hgpt.engines.megatron_state import MegatronOptimizerState
 from megatron_hgpt.forward_step import LossReport, forward_step

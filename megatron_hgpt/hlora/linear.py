@@ -33,7 +33,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from megatron_hgpt.config import HLoRAPluginConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
 
 ActivePlugin = tuple[HLoRAPlugin, torch.Tensor | None]

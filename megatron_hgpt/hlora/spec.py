@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_hgpt.config import HLoRAPluginConfig
-from megatron_hgpt.data.samples import MicroBatch, Task
+from megatron_hgpt.samples import MicroBatch, Task
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hlora.attention import SDPACoreAttention
 from megatron_hgpt.hlora.linear import HLoRAColumnParallelLinear, HLoRALinearMixin, HLoRARowParallelLinear

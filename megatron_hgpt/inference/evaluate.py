@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from megatron_hgpt.data.samples import Sample, Task
+from megatron_hgpt.samples import Sample, Task
 from megatron_hgpt.errors import SkipSample
 from megatron_hgpt.evaluation.results import ImageResult, VQAResult
 from megatron_hgpt.inference.generator import Prompt

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.data.loader import splice_images
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.data.templates import encode_prompt, end_token_id
 from megatron_hgpt.data.tokenizer import TextTokenizer
 from megatron_hgpt.errors import DataError

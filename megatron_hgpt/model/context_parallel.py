@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from megatron_hgpt.data.samples import MicroBatch
+from megatron_hgpt.samples import MicroBatch
 
 
 def positions_of_rank(length: int, rank: int, size: int, device: torch.device | None = None) -> torch.Tensor:

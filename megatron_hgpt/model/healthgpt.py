@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.data.samples import TASKS, MicroBatch, Task
+from megatron_hgpt.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.request import FP32_BYTES, PlanRequest

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_hgpt.config import ParallelConfig, RunConfig
-from megatron_hgpt.data.samples import TASKS, Task
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone
 from megatron_hgpt.model.transformer_impl import LOCAL

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.hooks.throughput import PathParameters
 from megatron_hgpt.model.parameter_counts import count_hlora, count_parameters
 from megatron_hgpt.planner import communication

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from megatron_hgpt.config import VisionConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

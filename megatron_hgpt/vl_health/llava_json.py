@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.data.samples import Sample, Task, Turn
+from megatron_hgpt.samples import Sample, Task, Turn
 from megatron_hgpt.data.templates import check_image_count
 from megatron_hgpt.errors import DataError, SkipSample
 

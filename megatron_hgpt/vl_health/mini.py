@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_hgpt.data.samples import IMAGE_PLACEHOLDER
+from megatron_hgpt.samples import IMAGE_PLACEHOLDER
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.vl_health.mini_sources import Picture, dicom_pictures, photograph_pictures

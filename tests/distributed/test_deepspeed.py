@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_hgpt.config import CheckpointConfig, EngineConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron_hgpt.data.samples import MicroBatch, Task
+from megatron_hgpt.samples import MicroBatch, Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import FixedLoader, tiny_config, write_backbone
 from megatron_hgpt.testing.training import build_trainer

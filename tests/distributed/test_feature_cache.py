@@ -15,7 +15,7 @@ from megatron_hgpt.config import DataConfig, ParallelConfig, RunConfig, Training
 from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.data.mmap_format import DatasetWriter
-from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, TASKS, Task
+from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, Task
 from megatron_hgpt.data.templates import resolve_system_prompt
 from megatron_hgpt.model.vocabulary import Vocabulary
 from megatron_hgpt.testing.distributed import run_ranks

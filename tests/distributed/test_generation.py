@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_hgpt.config import ParallelConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import IMAGE_SIZE, NUM_CODES, NUM_INDICES, tiny_config, write_backbone
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_hgpt.config import HLoRAPluginConfig, ParallelConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.testing.distributed import run_ranks
 
 # fp64 sums of a few hundred products in another order differ by some 1e-15 relative; values are of order 1 to 100.

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TrainingConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import make_micro_batch, tiny_config, write_backbone
 from megatron_hgpt.testing.training import build_trainer

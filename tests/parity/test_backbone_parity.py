@@ -25,7 +25,7 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
 
     from megatron_hgpt.config import HLoRAPluginConfig
     from megatron_hgpt.convert.mapping import load_backbone
-    from megatron_hgpt.data.samples import Task
+    from megatron_hgpt.samples import Task
     from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
     from megatron_hgpt.model.backbone import read_backbone, transformer_config
     from megatron_hgpt.model.language_model import Backbone

@@ -10,7 +10,7 @@ import torch
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.optim import (
     GroupStepAdamW,
     _adam_for_megatron,

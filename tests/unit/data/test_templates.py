@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_hgpt.data.samples import IMAGE_TOKEN_ID, Sample, Task, Turn
+from megatron_hgpt.samples import IMAGE_TOKEN_ID, Sample, Task, Turn
 from megatron_hgpt.data.templates import TEMPLATES, encode_conversation, encode_prompt, end_token_id
 from megatron_hgpt.data.tokenizer import TextTokenizer
 from megatron_hgpt.errors import ConfigError, SkipSample

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_hgpt.config import TrainingConfig
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.measure import Comparison, compare_in_group, small_request

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_hgpt.config_io import load_config
-from megatron_hgpt.data.samples import Task
+from megatron_hgpt.samples import Task
 from megatron_hgpt.planner import communication
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.chart import memory_chart

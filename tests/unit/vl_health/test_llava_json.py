@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_hgpt.data.samples import Sample, Task
+from megatron_hgpt.samples import Sample, Task
 from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.vl_health.llava_json import parse_record, read_records
 
