@@ -24,7 +24,7 @@ from megatron_hgpt.model.backbone import (
     transformer_config,
 )
 from megatron_hgpt.model.transformer_impl import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.stages import Stage, resolve_stage
 
 _AT_LEAST = {
@@ -104,7 +104,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _one_of("model.transformer_impl", model.transformer_impl, IMPLEMENTATIONS)
     yield from _one_of("training.recompute", training.recompute, (None, "selective", "full"))
     yield from _one_of("optimizer.schedule", config.optimizer.schedule, (None, "cosine", "linear", "constant"))
-    from megatron_hgpt.data.templates import TEMPLATES
+    from megatron_hgpt.text.templates import TEMPLATES
 
     yield from _one_of("model.template", model.template, tuple(TEMPLATES))
     stage = resolve_stage(training)

@@ -20,9 +20,9 @@ from typing import Any
 from megatron_hgpt.config import ModelConfig
 from megatron_hgpt.config_io import load_config, preset_names
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
-from megatron_hgpt.data.tokenizer import TextTokenizer
+from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.errors import ConfigError, HealthGPTError
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ import torch
 from megatron_hgpt.errors import CheckpointError, ConfigError
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone
 from megatron_hgpt.model.names import unfused_name
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 Reader = Callable[[str], torch.Tensor]
 """Returns one HF tensor, whole, by name."""

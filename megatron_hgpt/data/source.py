@@ -15,7 +15,7 @@ from megatron_hgpt.data.dataset import VLDataset
 from megatron_hgpt.data.feature_cache import open_caches
 from megatron_hgpt.data.packing import Indices
 from megatron_hgpt.samples import EncodedSample, Task
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 class SampleSource:

@@ -52,7 +52,7 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
 
     cpu_platform.install_if_needed()
     from megatron_hgpt.checkpoint import load_weights, resolve_folder
-    from megatron_hgpt.data.tokenizer import TextTokenizer
+    from megatron_hgpt.text.tokenizer import TextTokenizer
     from megatron_hgpt.model.healthgpt import build_model
 
     folder = resolve_folder(run)

@@ -15,7 +15,7 @@ from megatron_hgpt.samples import EncodedSample, Task
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import TrainState
 from megatron_hgpt.inference.generator import EncodedPrompt, Generator
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 def image_sampler(

@@ -25,7 +25,7 @@ from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone, transformer_config
 from megatron_hgpt.model.context_parallel import shard
 from megatron_hgpt.model.language_model import Backbone
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.stages import group_of
 from megatron_hgpt.vision.adapter import VisionAdapter
 from megatron_hgpt.vision.clip import HVPTower

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
 from megatron_hgpt.samples import IGNORE_INDEX
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 class Backbone(GPTModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
 from megatron_hgpt.model.backbone import BackboneShape, read_backbone
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 def count_hlora(shape: BackboneShape, plugin: HLoRAPluginConfig) -> int:

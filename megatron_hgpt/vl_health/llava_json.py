@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.samples import Sample, Task, Turn
-from megatron_hgpt.data.templates import check_image_count
+from megatron_hgpt.text.templates import check_image_count
 from megatron_hgpt.errors import DataError, SkipSample
 
 _ROLES = {"human": "user", "gpt": "assistant"}

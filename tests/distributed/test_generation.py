@@ -56,7 +56,7 @@ def generate(backbone: Path, folder: Path, parallel: ParallelConfig) -> dict[str
     context = distributed.initialize(parallel, seed=1)
     from PIL import Image
 
-    from megatron_hgpt.data.tokenizer import TextTokenizer
+    from megatron_hgpt.text.tokenizer import TextTokenizer
     from megatron_hgpt.errors import DataError
     from megatron_hgpt.inference.generator import Generator, Prompt, Sampling, inference_mode
     from megatron_hgpt.model.healthgpt import build_model

@@ -29,7 +29,7 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
     from megatron_hgpt.hlora.spec import TaskRouting, hlora_block_spec
     from megatron_hgpt.model.backbone import read_backbone, transformer_config
     from megatron_hgpt.model.language_model import Backbone
-    from megatron_hgpt.model.vocabulary import Vocabulary
+    from megatron_hgpt.text.vocabulary import Vocabulary
 
     results = {}
     for name, folder in cases.items():
@@ -92,7 +92,7 @@ def test_logits_equal_transformers_and_weights_come_back_bit_exact(folders: dict
 
     from megatron_hgpt.convert.mapping import export_backbone
     from megatron_hgpt.model.backbone import read_backbone
-    from megatron_hgpt.model.vocabulary import Vocabulary
+    from megatron_hgpt.text.vocabulary import Vocabulary
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, TEXT, (2, 24), generator=generator)

@@ -13,16 +13,16 @@ import pytest
 
 from megatron_hgpt.data.mmap_format import DatasetReader
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
-from megatron_hgpt.data.tokenizer import TextTokenizer
+from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from megatron_hgpt.data import mmap_format, preprocess as module
-from megatron_hgpt.data.tokenizer import TextTokenizer
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.tokenizer import TextTokenizer
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 # Everything is written by now, only the rename is missing.
 mmap_format.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_hgpt.data.tokenizer import TextTokenizer
+from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.errors import DataError
 
 SENTENCEPIECE_CONTROL = ["<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]

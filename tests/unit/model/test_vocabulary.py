@@ -4,7 +4,7 @@ import pytest
 
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model.vocabulary import Vocabulary
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize(
