@@ -11,7 +11,7 @@ megatron.core assumes CUDA in five ways. Each is answered by the smallest change
 5. It takes the rotary angles of a context-parallel rank through pinned memory: that function is replaced.
 
 The sequence-parallel norm, which megatron.core's local spec refuses, is not patched but supplied by our layer spec
-(`megatron_hgpt.hlora.spec`), and the Adam convention by `megatron_hgpt.optim`.
+(`megatron_hgpt.hlora.layer_spec`), and the Adam convention by `megatron_hgpt.optim`.
 
 It also keeps a package that is called ``apex`` but is not NVIDIA's out of Megatron's sight, and reports a Transformer
 Engine that is installed only in part, on every machine.

@@ -12,7 +12,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import PathParameters, TrainState
-from megatron_hgpt.model.transformer_impl import describe_choice, sequence_multiple
+from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import global_batch_size, validate
 

@@ -16,14 +16,14 @@ from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model.backbone import (
+from megatron_hgpt.backbone.shape import (
     BackboneShape,
     check_override_names,
     check_tensor_parallel,
     read_backbone,
     transformer_config,
 )
-from megatron_hgpt.model.transformer_impl import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
+from megatron_hgpt.backbone.implementation import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
 from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.stages import Stage, resolve_stage
 

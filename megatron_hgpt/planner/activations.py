@@ -129,7 +129,7 @@ class ActivationModel:
 
     def _branch_bytes(self) -> int:
         """z and the dropout mask of the gate, u where B is trained, B joined over the parts of a fused linear."""
-        from megatron_hgpt.hlora.spec import linear_layouts
+        from megatron_hgpt.hlora.layer_spec import linear_layouts
 
         plugin = getattr(self.request.config.model.hlora, self.task.value)
         if plugin is None:

@@ -54,7 +54,7 @@ def tensor_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
 
 def hlora_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
     """H-LoRA's small collectives over tensor ranks for one micro-batch on one pipeline stage."""
-    from megatron_hgpt.hlora.spec import linear_layouts
+    from megatron_hgpt.hlora.layer_spec import linear_layouts
 
     request, layout = sizes.request, sizes.layout
     plugin = getattr(request.config.model.hlora, sizes.task.value)

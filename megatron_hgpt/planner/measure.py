@@ -16,7 +16,7 @@ import torch
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.samples import IGNORE_INDEX, MicroBatch, Task
-from megatron_hgpt.model.transformer_impl import LOCAL
+from megatron_hgpt.backbone.implementation import LOCAL
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.hardware import GPUS, Cluster
 from megatron_hgpt.planner.layouts import Layout

@@ -122,7 +122,7 @@ def compare_models(backbone: Path, folder: Path) -> None:
         from megatron_hgpt.convert.mapping import export_backbone
         from megatron_hgpt.hlora import te_linear
         from megatron_hgpt.model.healthgpt import build_model, freeze_except
-        from megatron_hgpt.model.names import unfused_name
+        from megatron_hgpt.backbone.names import unfused_name
         from megatron_hgpt.stages import group_of
         from megatron_hgpt.testing.models import make_b_nonzero
 
@@ -230,7 +230,7 @@ def attend_packed() -> float:
         from megatron.core.transformer.transformer_config import TransformerConfig
 
         from megatron_hgpt import distributed
-        from megatron_hgpt.hlora.spec import layer_modules
+        from megatron_hgpt.hlora.layer_spec import layer_modules
 
         distributed.initialize(ParallelConfig(), seed=1)
         config = TransformerConfig(

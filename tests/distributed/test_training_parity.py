@@ -140,7 +140,7 @@ def train_with_a_selector(backbones: dict[str, Path], folder: Path, recompute: s
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_hgpt.hlora.linear import HLoRALinearMixin
-    from megatron_hgpt.hlora.spec import HLoRATransformerLayer
+    from megatron_hgpt.hlora.layer_spec import HLoRATransformerLayer
     from megatron_hgpt.model.healthgpt import HealthGPT
 
     forward = HealthGPT.forward

@@ -70,7 +70,7 @@ def train(
     folder: Path, impl: str, precision: str, parallel: dict[str, Any], num_steps: int, with_gradients: bool
 ) -> Curve:
     """Loss of each step, with the gradient of every trained parameter under the local spec's name."""
-    from megatron_hgpt.model.names import unfused_name
+    from megatron_hgpt.backbone.names import unfused_name
 
     trainer = build(folder, impl, precision, parallel, num_steps)
     curve: Curve = []
@@ -161,7 +161,7 @@ def test_the_input_gradient_of_a_layer_in_fp8() -> None:
 
 def weights(folder: Path, impl: str, num_steps: int) -> dict[str, torch.Tensor]:
     """Trained weights after `num_steps` steps and a save, or (0 steps) after restoring the newest checkpoint."""
-    from megatron_hgpt.model.names import unfused_name
+    from megatron_hgpt.backbone.names import unfused_name
 
     trainer = build(folder, impl, "bf16", {}, num_steps)
     if num_steps:

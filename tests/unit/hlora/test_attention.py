@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron_hgpt.hlora.attention import SDPACoreAttention
+from megatron_hgpt.backbone.attention import SDPACoreAttention
 from megatron_hgpt.model.context_parallel import natural_order, positions_of_rank
 
 HEADS, DIM = 2, 8

@@ -10,7 +10,7 @@ import torch
 from megatron_hgpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_hgpt.config_io import load_config, preset_names
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model.backbone import (
+from megatron_hgpt.backbone.shape import (
     BackboneShape,
     check_tensor_parallel,
     legal_tensor_parallel_sizes,

@@ -13,9 +13,9 @@ from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model import transformer_impl
-from megatron_hgpt.model.backbone import read_backbone
-from megatron_hgpt.model.names import unfused_name
-from megatron_hgpt.model.transformer_impl import describe_choice, resolve_transformer_impl, sequence_multiple
+from megatron_hgpt.backbone.shape import read_backbone
+from megatron_hgpt.backbone.names import unfused_name
+from megatron_hgpt.backbone.implementation import describe_choice, resolve_transformer_impl, sequence_multiple
 
 
 def resolve(impl: str, precision: str = "bf16") -> str:

@@ -20,7 +20,7 @@ from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_hgpt.model.backbone import BackboneShape
+    from megatron_hgpt.backbone.shape import BackboneShape
 
 LOCAL, TRANSFORMER_ENGINE, AUTO = "local", "transformer_engine", "auto"
 IMPLEMENTATIONS = (AUTO, LOCAL, TRANSFORMER_ENGINE)

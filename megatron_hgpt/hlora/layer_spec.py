@@ -28,14 +28,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_hgpt.config import HLoRAPluginConfig
 from megatron_hgpt.samples import MicroBatch, Task
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.hlora.attention import SDPACoreAttention
+from megatron_hgpt.backbone.attention import SDPACoreAttention
 from megatron_hgpt.hlora.linear import HLoRAColumnParallelLinear, HLoRALinearMixin, HLoRARowParallelLinear
 from megatron_hgpt.hlora.plugins import BranchLayout
-from megatron_hgpt.model.names import FUSED_NORM_PREFIXES
-from megatron_hgpt.model.transformer_impl import LOCAL, TRANSFORMER_ENGINE
+from megatron_hgpt.backbone.names import FUSED_NORM_PREFIXES
+from megatron_hgpt.backbone.implementation import LOCAL, TRANSFORMER_ENGINE
 
 if TYPE_CHECKING:
-    from megatron_hgpt.model.backbone import BackboneShape
+    from megatron_hgpt.backbone.shape import BackboneShape
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model.transformer_impl import keeps_bf16_parameters, transformer_settings
+from megatron_hgpt.backbone.implementation import keeps_bf16_parameters, transformer_settings
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
