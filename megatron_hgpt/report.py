@@ -23,12 +23,12 @@ from PIL import Image
 from megatron_hgpt import __version__
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.evaluation.image import image_metrics, summarise_images
-from megatron_hgpt.evaluation.run import Evaluation, ImageResult, VQAResult, load_results
+from megatron_hgpt.evaluation.store import Evaluation, ImageResult, VQAResult, load_results
 from megatron_hgpt.evaluation.vqa import is_exact_match, summarise_vqa
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.hooks.metrics import read_metrics
-from megatron_hgpt.report_charts import Series, line_chart
-from megatron_hgpt.report_style import STYLE
+from megatron_hgpt.report.charts import Series, line_chart
+from megatron_hgpt.report.style import STYLE
 
 MAX_QUESTIONS = 30
 """Questions shown per split."""

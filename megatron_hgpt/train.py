@@ -120,7 +120,7 @@ def _image_sampler(
     config: RunConfig, model: Any, tokenizer: Any, context: DistributedContext
 ) -> Callable[[TrainState], list[tuple[str, Any]]] | None:
     """Draws the first held-out (or training) generation prompts; None where the run cannot decode images."""
-    from megatron_hgpt.inference.samples import image_sampler
+    from megatron_hgpt.inference.sample_images import image_sampler
 
     if not _draws_samples(config):
         return None

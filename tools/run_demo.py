@@ -166,7 +166,7 @@ def main() -> int:
 def print_summary(output: Path) -> None:
     """The headline figures of both splits."""
     from megatron_hgpt.evaluation.image import summarise_images
-    from megatron_hgpt.evaluation.run import load_results
+    from megatron_hgpt.evaluation.store import load_results
     from megatron_hgpt.evaluation.vqa import summarise_vqa
 
     for split in ("train", "held-out"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.checkpoint.base import base_identity
+from megatron_hgpt.checkpoint.frozen_base import base_identity
 from megatron_hgpt.checkpoint.description import (
     FORMAT_VERSION,
     INFO,

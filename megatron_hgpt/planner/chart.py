@@ -6,7 +6,7 @@ from html import escape
 
 from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.plan import LayoutPlan, Plan
-from megatron_hgpt.report_charts import linear_ticks
+from megatron_hgpt.report.charts import linear_ticks
 
 _PARTS = {
     "frozen": "#3d4a5c",

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.evaluation.run import ImageResult, VQAResult, save_results
+from megatron_hgpt.evaluation.store import ImageResult, VQAResult, save_results
 from megatron_hgpt.report import MAX_DRAWINGS, MAX_QUESTIONS, write_report
-from megatron_hgpt.report_charts import Series, line_chart
+from megatron_hgpt.report.charts import Series, line_chart
 
 _VOID = {"meta", "img", "br", "line", "polyline"}
 _ATTACK = '"><script>alert(1)</script>'

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_hgpt.checkpoint.base import base_identity, weights_digest
+from megatron_hgpt.checkpoint.frozen_base import base_identity, weights_digest
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import CheckpointError

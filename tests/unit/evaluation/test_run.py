@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.evaluation.run import ImageResult, VQAResult, load_results, save_results
+from megatron_hgpt.evaluation.store import ImageResult, VQAResult, load_results, save_results
 
 
 def _picture(value: int) -> Image.Image:
