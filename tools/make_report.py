@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.report import write_report
+from megatron_hgpt.report.page import write_report
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -132,7 +132,7 @@ def main() -> int:
 
     from build_demo_assets import build_assets
 
-    from megatron_hgpt.report import write_report
+    from megatron_hgpt.report.page import write_report
 
     announce("1/6 models and data: real images from installed packages, a tokenizer, a backbone, a tower, a VQGAN")
     folder = output / "assets"
