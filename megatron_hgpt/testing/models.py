@@ -32,7 +32,7 @@ IMAGE_SIZE, NUM_IMAGE_TOKENS = 16, 4
 
 def write_backbone(folder: Path, family: str = "phi3", num_layers: int = 2) -> Path:
     """A tiny random backbone folder; heads and KV heads allow TP 1, 2 and 4."""
-    from megatron_hgpt.testing import checkpoints
+    from megatron_hgpt.demo import checkpoints
 
     write = {"phi3": checkpoints.write_tiny_phi3, "llama": checkpoints.write_tiny_llama}[family]
     write(

@@ -61,7 +61,7 @@ def generate(backbone: Path, folder: Path, parallel: ParallelConfig) -> dict[str
     from megatron_hgpt.inference.generator import Generator, Prompt, Sampling, inference_mode
     from megatron_hgpt.model.healthgpt import build_model
     from megatron_hgpt.testing.models import make_b_nonzero
-    from megatron_hgpt.testing.tokenizers import make_tiny_tokenizer
+    from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 
     tokenizer_folder = folder / f"tokenizer{context.rank}"
     make_tiny_tokenizer(tokenizer_folder, ["what is this image of a brain"], 330)

@@ -73,7 +73,7 @@ def write_unusual_llama(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    from megatron_hgpt.testing import checkpoints
+    from megatron_hgpt.demo import checkpoints
 
     root = tmp_path_factory.mktemp("backbones")
     common = {"text_vocab_size": TEXT, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "ffn": 96,

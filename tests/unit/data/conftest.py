@@ -18,7 +18,7 @@ from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 from megatron_hgpt.text.templates import resolve_system_prompt
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
-from megatron_hgpt.testing.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
+from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.testing import checkpoints
+from megatron_hgpt.demo import checkpoints
 
 transformers = pytest.importorskip("transformers")
 

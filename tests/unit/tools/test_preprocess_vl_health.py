@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_hgpt.data.mmap_format import read_manifest
-from megatron_hgpt.testing.tokenizers import make_tiny_tokenizer
+from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_vl_health.py"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_hgpt.vl_health.mini_sources import Picture, Source, package_file, resized, to_uint8
+from megatron_hgpt.demo.mini_sources import Picture, Source, package_file, resized, to_uint8
 
 PLANES = ("sagittal", "coronal", "axial")
 """The plane perpendicular to canonical (RAS) axis 0, 1, 2."""
