@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.model.parameter_counts import count_parameters
-from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.stages import Stage, resolve_stage
+from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.validation import data_parallel_size, global_batch_size
 
 

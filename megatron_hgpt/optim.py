@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from megatron_hgpt.config import OptimizerConfig, RunConfig
 from megatron_hgpt.backbone.implementation import keeps_bf16_parameters
+from megatron_hgpt.config import OptimizerConfig, RunConfig
 from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
 
 

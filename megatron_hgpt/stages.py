@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_hgpt.config import TrainingConfig
-from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.samples import Task
 
 ADAPTER_GROUPS = {"abstract_adapter": Task.COMPREHENSION, "concrete_adapter": Task.GENERATION}
 HLORA_GROUPS = {"hlora_comprehension": Task.COMPREHENSION, "hlora_generation": Task.GENERATION}

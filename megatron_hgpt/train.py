@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hgpt import distributed
+from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import PathParameters, TrainState
-from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import global_batch_size, validate
 
@@ -35,9 +35,9 @@ def main(config: RunConfig) -> None:
         # megatron.core is imported below only: the platform had to be prepared first.
         from megatron_hgpt.checkpoint import Checkpointer, load_weights
         from megatron_hgpt.data.loader import build_loader
-        from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.hooks import build_hooks
         from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
+        from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.trainer import Trainer
 
         if context.is_writer:

@@ -12,10 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.samples import TASKS, Task
-from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.backbone.implementation import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
 from megatron_hgpt.backbone.shape import (
     BackboneShape,
     check_override_names,
@@ -23,9 +20,12 @@ from megatron_hgpt.backbone.shape import (
     read_backbone,
     transformer_config,
 )
-from megatron_hgpt.backbone.implementation import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
-from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
+from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
+from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.stages import Stage, resolve_stage
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 _AT_LEAST = {
     "checkpoint.keep_last": 0,

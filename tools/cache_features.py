@@ -22,8 +22,8 @@ from megatron_hgpt import distributed
 from megatron_hgpt.config_io import load_config, preset_names
 from megatron_hgpt.data.feature_cache import DTYPES
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
-from megatron_hgpt.samples import TASKS
 from megatron_hgpt.errors import ConfigError, HealthGPTError
+from megatron_hgpt.samples import TASKS
 from megatron_hgpt.vision.clip import HVPTower
 
 

@@ -34,8 +34,8 @@ def main() -> int:
 
     from megatron_hgpt import distributed
     from megatron_hgpt.errors import HealthGPTError
-    from megatron_hgpt.evaluation.store import save_results
     from megatron_hgpt.evaluation.runner import evaluate
+    from megatron_hgpt.evaluation.store import save_results
     from megatron_hgpt.inference.loading import load_run
 
     try:

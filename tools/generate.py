@@ -32,9 +32,9 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     from megatron_hgpt import distributed
-    from megatron_hgpt.samples import Task
     from megatron_hgpt.errors import HealthGPTError
     from megatron_hgpt.inference.loading import load_run
+    from megatron_hgpt.samples import Task
 
     try:
         run = load_run(arguments.checkpoint, overrides=arguments.overrides)

@@ -20,8 +20,8 @@ from typing import Any
 from megatron_hgpt.config import ModelConfig
 from megatron_hgpt.config_io import load_config, preset_names
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
-from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.errors import ConfigError, HealthGPTError
+from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 

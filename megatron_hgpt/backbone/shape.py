@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_hgpt.backbone.implementation import keeps_bf16_parameters, transformer_settings
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.backbone.implementation import keeps_bf16_parameters, transformer_settings
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.checkpoint.frozen_base import base_identity
 from megatron_hgpt.checkpoint.description import (
     FORMAT_VERSION,
     INFO,
@@ -25,6 +24,7 @@ from megatron_hgpt.checkpoint.description import (
     read_info,
     resolve_folder,
 )
+from megatron_hgpt.checkpoint.frozen_base import base_identity
 from megatron_hgpt.checkpoint.state import (
     SAVED_GROUPS,
     by_parameter,

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.errors import CheckpointError, ConfigError
-from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.backbone.names import unfused_name
+from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
+from megatron_hgpt.errors import CheckpointError, ConfigError
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 Reader = Callable[[str], torch.Tensor]

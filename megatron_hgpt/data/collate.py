@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from megatron_hgpt.samples import IGNORE_INDEX, IMAGE_TOKEN_ID, EncodedSample, MicroBatch
 from megatron_hgpt.errors import ConfigError, SkipSample
+from megatron_hgpt.samples import IGNORE_INDEX, IMAGE_TOKEN_ID, EncodedSample, MicroBatch
 from megatron_hgpt.vision.preprocess import clip_preprocess
 
 

@@ -10,9 +10,9 @@ import torch
 
 from megatron_hgpt.data.feature_cache import FeatureCache
 from megatron_hgpt.data.mmap_format import DatasetReader
+from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
 from megatron_hgpt.text.templates import resolve_system_prompt
-from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.preprocess import load_image
 

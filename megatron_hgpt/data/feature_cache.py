@@ -22,8 +22,8 @@ import torch
 
 from megatron_hgpt.config import RunConfig, VisionConfig
 from megatron_hgpt.data.mmap_format import MANIFEST, sha256_of
-from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import num_blocks_of, tower_hash
 
 logger = logging.getLogger(__name__)

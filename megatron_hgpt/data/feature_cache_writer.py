@@ -28,8 +28,8 @@ from megatron_hgpt.data.feature_cache import (
     read_cache_manifest,
 )
 from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader, sha256_of
-from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import HVPTower
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
 

@@ -28,9 +28,9 @@ import numpy as np
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.collate import ExpandedSample, collate, collate_packed, splice_images
 from megatron_hgpt.data.packing import Indices, packed_rows
-from megatron_hgpt.samples import EncodedSample, MicroBatch, Task
 from megatron_hgpt.data.source import SampleSource, open_source
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.samples import EncodedSample, MicroBatch, Task
 
 __all__ = ["TrainLoader", "build_loader", "build_validation_batches", "splice_images"]
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.samples import TASKS, Task
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.samples import Task
 
 logger = logging.getLogger(__name__)
 

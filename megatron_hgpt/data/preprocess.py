@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.mmap_format import DatasetWriter, sha256_of
+from megatron_hgpt.errors import ConfigError, DataError, SkipSample
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, Sample
 from megatron_hgpt.text.templates import encode_conversation, end_token_id, resolve_system_prompt
 from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.errors import ConfigError, DataError, SkipSample
 from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.preprocess import load_image
 from megatron_hgpt.vl_health import hf_parquet, llava_json

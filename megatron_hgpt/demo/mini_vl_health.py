@@ -25,11 +25,11 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_hgpt.samples import IMAGE_PLACEHOLDER
-from megatron_hgpt.errors import DataError
-from megatron_hgpt.files import write_atomic
 from megatron_hgpt.demo.mini_sources import Picture, dicom_pictures, photograph_pictures
 from megatron_hgpt.demo.mini_volumes import volume_pictures
+from megatron_hgpt.errors import DataError
+from megatron_hgpt.files import write_atomic
+from megatron_hgpt.samples import IMAGE_PLACEHOLDER
 
 SPLITS = ("train", "test")
 CARD_NAME = "sources.json"

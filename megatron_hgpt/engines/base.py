@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.forward_step import LossReport
+from megatron_hgpt.samples import MicroBatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "main"

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines.base import MAIN, MOMENTS, OptimizerState
 from megatron_hgpt.engines.deepspeed_settings import deepspeed_json
 from megatron_hgpt.errors import ConfigError, HealthGPTError
 from megatron_hgpt.forward_step import LossReport, forward_step
 from megatron_hgpt.optim import build_adamw, group_fields
+from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.stages import Stage, group_of
 
 

@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_hgpt.config import RunConfig
 from megatron_hgpt.backbone.implementation import LOCAL, resolve_transformer_impl
+from megatron_hgpt.config import RunConfig
 
 ENGINES = ("megatron", "deepspeed")
 _PLACES = ("none", "cpu")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.engines.base import OptimizerState
 from megatron_hgpt.engines.megatron_state import MegatronOptimizerState
 from megatron_hgpt.forward_step import LossReport, forward_step
 from megatron_hgpt.optim import build_optimizer
+from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.stages import Stage
 
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import torch
 
-from megatron_hgpt.samples import Sample, Task
 from megatron_hgpt.errors import SkipSample
 from megatron_hgpt.evaluation.results import ImageResult, VQAResult
 from megatron_hgpt.inference.generator import Prompt
 from megatron_hgpt.inference.loading import LoadedRun
+from megatron_hgpt.samples import Sample, Task
 from megatron_hgpt.vision.preprocess import load_image
 from megatron_hgpt.vl_health.llava_json import parse_record, read_records, record_id
 

@@ -25,14 +25,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_hgpt.config import HLoRAPluginConfig
-from megatron_hgpt.samples import MicroBatch, Task
-from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.backbone.attention import SDPACoreAttention
+from megatron_hgpt.backbone.implementation import LOCAL, TRANSFORMER_ENGINE
+from megatron_hgpt.backbone.names import FUSED_NORM_PREFIXES
+from megatron_hgpt.config import HLoRAPluginConfig
+from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hlora.linear import HLoRAColumnParallelLinear, HLoRALinearMixin, HLoRARowParallelLinear
 from megatron_hgpt.hlora.plugins import BranchLayout
-from megatron_hgpt.backbone.names import FUSED_NORM_PREFIXES
-from megatron_hgpt.backbone.implementation import LOCAL, TRANSFORMER_ENGINE
+from megatron_hgpt.samples import MicroBatch, Task
 
 if TYPE_CHECKING:
     from megatron_hgpt.backbone.shape import BackboneShape

@@ -33,8 +33,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from megatron_hgpt.config import HLoRAPluginConfig
-from megatron_hgpt.samples import Task
 from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
+from megatron_hgpt.samples import Task
 
 ActivePlugin = tuple[HLoRAPlugin, torch.Tensor | None]
 """A plugin to run, and the tokens (bool [s], this rank's) it works on; None is all."""

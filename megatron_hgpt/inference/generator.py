@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from megatron_hgpt.data.loader import splice_images
+from megatron_hgpt.errors import DataError
 from megatron_hgpt.samples import Task
 from megatron_hgpt.text.templates import encode_prompt, end_token_id
 from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.errors import DataError
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
 
 

@@ -52,8 +52,8 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
 
     cpu_platform.install_if_needed()
     from megatron_hgpt.checkpoint import load_weights, resolve_folder
-    from megatron_hgpt.text.tokenizer import TextTokenizer
     from megatron_hgpt.model.healthgpt import build_model
+    from megatron_hgpt.text.tokenizer import TextTokenizer
 
     folder = resolve_folder(run)
     config = load_config(folder / "resolved_config.yaml", overrides or [])

@@ -11,10 +11,10 @@ from PIL import Image
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.dataset import VLDataset
-from megatron_hgpt.samples import EncodedSample, Task
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import TrainState
 from megatron_hgpt.inference.generator import EncodedPrompt, Generator
+from megatron_hgpt.samples import EncodedSample, Task
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 

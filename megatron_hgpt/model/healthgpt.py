@@ -18,15 +18,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
+from megatron_hgpt.backbone.shape import BackboneShape, read_backbone, transformer_config
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec
-from megatron_hgpt.backbone.shape import BackboneShape, read_backbone, transformer_config
 from megatron_hgpt.model.context_parallel import shard
 from megatron_hgpt.model.language_model import Backbone
-from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.stages import group_of
+from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.adapter import VisionAdapter
 from megatron_hgpt.vision.clip import HVPTower
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
+from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 

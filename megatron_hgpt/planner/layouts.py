@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_hgpt.backbone.implementation import sequence_multiple
 from megatron_hgpt.config import ParallelConfig
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.backbone.implementation import sequence_multiple
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.validation import global_batch_size, validate
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.config import RunConfig
-from megatron_hgpt.samples import IGNORE_INDEX, MicroBatch, Task
 from megatron_hgpt.backbone.implementation import LOCAL
+from megatron_hgpt.config import RunConfig
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.hardware import GPUS, Cluster
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.memory import rank_memory
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models, build_stage
 from megatron_hgpt.planner.request import PlanRequest
+from megatron_hgpt.samples import IGNORE_INDEX, MicroBatch, Task
 from megatron_hgpt.stages import group_of
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from megatron_hgpt.config import ParallelConfig, RunConfig
-from megatron_hgpt.samples import TASKS, Task
-from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.backbone.implementation import LOCAL
+from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
+from megatron_hgpt.config import ParallelConfig, RunConfig
+from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.planner.hardware import Cluster
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.stages import Stage, resolve_stage
 from megatron_hgpt.validation import validate
 

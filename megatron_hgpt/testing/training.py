@@ -34,9 +34,9 @@ def build_trainer(
         num_micro_batches: per step, over all data-parallel ranks.
         hooks: of the trainer.
     """
+    from megatron_hgpt.backbone.implementation import sequence_multiple
     from megatron_hgpt.checkpoint import Checkpointer
     from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
-    from megatron_hgpt.backbone.implementation import sequence_multiple
     from megatron_hgpt.stages import resolve_stage
     from megatron_hgpt.trainer import Trainer
 

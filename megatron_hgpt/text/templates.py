@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_hgpt.errors import ConfigError, SkipSample
 from megatron_hgpt.samples import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, Sample, Task, Turn
 from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.errors import ConfigError, SkipSample
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 

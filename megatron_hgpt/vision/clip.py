@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from megatron_hgpt.config import VisionConfig
-from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import CheckpointError, ConfigError
+from megatron_hgpt.samples import Task
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.samples import Sample, Task, Turn
 from megatron_hgpt.text.templates import check_image_count
-from megatron_hgpt.errors import DataError, SkipSample
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _FIELDS = {"id", "image", "images", "conversations", "task", "target_indices", "target_image", "source"}

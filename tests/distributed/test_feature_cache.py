@@ -16,10 +16,10 @@ from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.data.mmap_format import DatasetWriter
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, Task
-from megatron_hgpt.text.templates import resolve_system_prompt
-from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import NUM_CODES, NUM_IMAGE_TOKENS, TEXT_SIZE, tiny_config, write_backbone
+from megatron_hgpt.text.templates import resolve_system_prompt
+from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.clip import HVPTower
 
 # fp32: the tower sees the pictures in other batches, and so sums in another order.

@@ -119,10 +119,10 @@ def compare_models(backbone: Path, folder: Path) -> None:
         from megatron.core.transformer.identity_op import IdentityOp
 
         from megatron_hgpt import distributed
+        from megatron_hgpt.backbone.names import unfused_name
         from megatron_hgpt.convert.mapping import export_backbone
         from megatron_hgpt.hlora import te_linear
         from megatron_hgpt.model.healthgpt import build_model, freeze_except
-        from megatron_hgpt.backbone.names import unfused_name
         from megatron_hgpt.stages import group_of
         from megatron_hgpt.testing.models import make_b_nonzero
 

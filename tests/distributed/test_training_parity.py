@@ -139,8 +139,8 @@ def train_with_a_selector(backbones: dict[str, Path], folder: Path, recompute: s
     """Stage 3 at PP2 with the task as a selector that the forward step sets, in place of a captured argument."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_hgpt.hlora.linear import HLoRALinearMixin
     from megatron_hgpt.hlora.layer_spec import HLoRATransformerLayer
+    from megatron_hgpt.hlora.linear import HLoRALinearMixin
     from megatron_hgpt.model.healthgpt import HealthGPT
 
     forward = HealthGPT.forward

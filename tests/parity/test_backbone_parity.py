@@ -23,12 +23,12 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
     distributed.initialize(ParallelConfig(tensor_model_parallel_size=tp), seed=1)
     from megatron.core import parallel_state
 
+    from megatron_hgpt.backbone.shape import read_backbone, transformer_config
     from megatron_hgpt.config import HLoRAPluginConfig
     from megatron_hgpt.convert.mapping import load_backbone
-    from megatron_hgpt.samples import Task
     from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec
-    from megatron_hgpt.backbone.shape import read_backbone, transformer_config
     from megatron_hgpt.model.language_model import Backbone
+    from megatron_hgpt.samples import Task
     from megatron_hgpt.text.vocabulary import Vocabulary
 
     results = {}
@@ -90,8 +90,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_logits_equal_transformers_and_weights_come_back_bit_exact(folders: dict[str, str], tp: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    from megatron_hgpt.convert.mapping import export_backbone
     from megatron_hgpt.backbone.shape import read_backbone
+    from megatron_hgpt.convert.mapping import export_backbone
     from megatron_hgpt.text.vocabulary import Vocabulary
 
     generator = torch.Generator().manual_seed(0)

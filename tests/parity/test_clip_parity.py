@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_hgpt.config import VisionConfig
-from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.demo.checkpoints import write_tiny_clip
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.vision.clip import HVPTower
 
 

@@ -10,7 +10,6 @@ import torch
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.samples import Task
 from megatron_hgpt.optim import (
     GroupStepAdamW,
     _adam_for_megatron,
@@ -19,6 +18,7 @@ from megatron_hgpt.optim import (
     learning_rates,
     mark_idle_groups,
 )
+from megatron_hgpt.samples import Task
 from megatron_hgpt.stages import STAGES
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}

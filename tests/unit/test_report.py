@@ -16,8 +16,8 @@ from PIL import Image
 
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.evaluation.store import ImageResult, VQAResult, save_results
-from megatron_hgpt.report.page import MAX_DRAWINGS, MAX_QUESTIONS, write_report
 from megatron_hgpt.report.charts import Series, line_chart
+from megatron_hgpt.report.page import MAX_DRAWINGS, MAX_QUESTIONS, write_report
 
 _VOID = {"meta", "img", "br", "line", "polyline"}
 _ATTACK = '"><script>alert(1)</script>'

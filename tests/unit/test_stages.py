@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_hgpt.config import TrainingConfig
-from megatron_hgpt.samples import Task
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.samples import Task
 from megatron_hgpt.stages import GROUP_TASK, STAGES, Stage, group_of, resolve_stage
 
 C, G = Task.COMPREHENSION, Task.GENERATION

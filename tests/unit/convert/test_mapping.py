@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.convert.mapping import export_backbone, load_backbone
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 16, 24, 8, 4, 6, 2

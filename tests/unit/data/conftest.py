@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.mmap_format import DatasetWriter
+from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 from megatron_hgpt.text.templates import resolve_system_prompt
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
-from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from megatron_hgpt.data.collate import ExpandedSample, collate, expand_sample, splice_images
-from megatron_hgpt.samples import IGNORE_INDEX, IMAGE_TOKEN_ID, EncodedSample, Task
 from megatron_hgpt.errors import ConfigError, SkipSample
+from megatron_hgpt.samples import IGNORE_INDEX, IMAGE_TOKEN_ID, EncodedSample, Task
 
 X = IGNORE_INDEX
 

@@ -12,8 +12,8 @@ import torch
 
 from megatron_hgpt.data.dataset import VLDataset
 from megatron_hgpt.data.mmap_format import DatasetWriter
-from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 from megatron_hgpt.errors import DataError, SkipSample
+from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 Make = Callable[..., Path]

@@ -20,8 +20,8 @@ from megatron_hgpt.data.feature_cache import FeatureCache, describe_tower, open_
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.data.loader import build_loader
 from megatron_hgpt.data.mmap_format import DatasetReader
-from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.errors import CheckpointError, ConfigError, DataError, SkipSample
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.vision.clip import HVPTower, tower_hash
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
 

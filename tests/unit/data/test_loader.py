@@ -14,8 +14,8 @@ import torch
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.loader import TaskSchedule, TrainLoader, build_loader, build_validation_batches
-from megatron_hgpt.samples import MicroBatch, Task
 from megatron_hgpt.errors import ConfigError, DataError
+from megatron_hgpt.samples import MicroBatch, Task
 
 C, G = Task.COMPREHENSION, Task.GENERATION
 Make = Callable[..., Path]

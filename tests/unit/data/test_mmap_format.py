@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_hgpt.data.mmap_format import MAX_LISTED_SKIPS, DatasetReader, DatasetWriter, read_manifest
-from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 
 DESCRIPTION: dict[str, Any] = {"tokenizer": {}, "template": {}, "vocabulary": {}}
 

@@ -15,8 +15,8 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.collate import ExpandedSample, collate_packed
 from megatron_hgpt.data.loader import TrainLoader, build_loader
 from megatron_hgpt.data.packing import pack
-from megatron_hgpt.samples import IGNORE_INDEX, EncodedSample, Task
 from megatron_hgpt.errors import ConfigError, DataError
+from megatron_hgpt.samples import IGNORE_INDEX, EncodedSample, Task
 
 C, G = Task.COMPREHENSION, Task.GENERATION
 X = IGNORE_INDEX

@@ -17,9 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 from megatron_hgpt.data.dataset import VLDataset
 from megatron_hgpt.data.mmap_format import DatasetReader
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
+from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.samples import Task
 from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 

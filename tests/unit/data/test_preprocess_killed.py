@@ -13,8 +13,8 @@ import pytest
 
 from megatron_hgpt.data.mmap_format import DatasetReader
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
-from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 KILLED = """

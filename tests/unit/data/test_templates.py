@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_hgpt.errors import ConfigError, SkipSample
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, Sample, Task, Turn
 from megatron_hgpt.text.templates import TEMPLATES, encode_conversation, encode_prompt, end_token_id
 from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.errors import ConfigError, SkipSample
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 CHAT = ["phi3_instruct", "phi4_instruct", "qwen_2", "smollm2"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.text.tokenizer import TextTokenizer
 
 SENTENCEPIECE_CONTROL = ["<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 BPE_CONTROL = ["<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|endoftext|>", "<tool_call>"]

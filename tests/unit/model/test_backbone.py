@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hgpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron_hgpt.config_io import load_config, preset_names
-from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.backbone.shape import (
     BackboneShape,
     check_tensor_parallel,
@@ -17,6 +14,9 @@ from megatron_hgpt.backbone.shape import (
     read_backbone,
     transformer_config,
 )
+from megatron_hgpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_hgpt.config_io import load_config, preset_names
+from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.validation import validate
 
 PHI3 = load_config(preset="tiny").model.hf_config

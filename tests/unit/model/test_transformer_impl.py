@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_hgpt import cpu_platform
+from megatron_hgpt.backbone.implementation import describe_choice, resolve_transformer_impl, sequence_multiple
+from megatron_hgpt.backbone.names import unfused_name
+from megatron_hgpt.backbone.shape import read_backbone
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model import transformer_impl
-from megatron_hgpt.backbone.shape import read_backbone
-from megatron_hgpt.backbone.names import unfused_name
-from megatron_hgpt.backbone.implementation import describe_choice, resolve_transformer_impl, sequence_multiple
 
 
 def resolve(impl: str, precision: str = "bf16") -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_hgpt.config import TrainingConfig
-from megatron_hgpt.samples import Task
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.measure import Comparison, compare_in_group, small_request
 from megatron_hgpt.planner.memory import optimizer_bytes
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.planner.schedule import in_flight, peak_activation_bytes
+from megatron_hgpt.samples import Task
 from megatron_hgpt.testing.models import tiny_config, write_backbone
 
 # Left out on purpose: masks and indices (bytes or 8 bytes per token). At 64 features they weigh more than at 5120.

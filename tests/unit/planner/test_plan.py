@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from megatron_hgpt.config_io import load_config
-from megatron_hgpt.samples import Task
 from megatron_hgpt.planner import communication
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.chart import memory_chart
@@ -23,6 +22,7 @@ from megatron_hgpt.planner.plan import Plan, make_plan
 from megatron_hgpt.planner.report import as_json, override_arguments, table
 from megatron_hgpt.planner.request import PlanRequest, default_supervised_tokens
 from megatron_hgpt.planner.timing import model_flops_per_step
+from megatron_hgpt.samples import Task
 
 ROOT = Path(__file__).parents[3]
 

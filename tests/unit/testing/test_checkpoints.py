@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.demo import checkpoints
+from megatron_hgpt.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 

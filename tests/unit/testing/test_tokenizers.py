@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_hgpt.errors import DataError
 from megatron_hgpt.demo.tokenizers import CHAT_TOKENS, make_tiny_tokenizer
+from megatron_hgpt.errors import DataError
 
 
 def test_layout_and_round_trip(tmp_path: Path) -> None:

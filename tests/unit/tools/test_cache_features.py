@@ -15,10 +15,10 @@ from PIL import Image
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.data.feature_cache import read_cache_manifest
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
-from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
+from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.text.tokenizer import TextTokenizer
+from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.validation import validate
 
 ROOT = Path(__file__).parents[3]

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_hgpt.config import VisionConfig
-from megatron_hgpt.samples import TASKS, Task
-from megatron_hgpt.errors import CheckpointError, ConfigError
 from megatron_hgpt.demo.checkpoints import write_tiny_clip
+from megatron_hgpt.errors import CheckpointError, ConfigError
+from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.vision.clip import HVPTower
 
 _HF_CONFIG = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_hgpt.samples import Sample, Task
 from megatron_hgpt.errors import DataError, SkipSample
+from megatron_hgpt.samples import Sample, Task
 from megatron_hgpt.vl_health.llava_json import parse_record, read_records
 
 ANSWER = "<start_index><idx_3><idx_0><idx_15><idx_7><end_index>"
