@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, did_you_mean
 from megatron_hgpt.files import write_atomic
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -155,9 +155,8 @@ def _fields(cls: type) -> list[tuple[str, Any]]:
 
 
 def _suggest(name: str, prefix: str, siblings: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, siblings, n=1)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
+    if hint := did_you_mean(name, siblings, prefix):
+        return hint
     everything = list(_all_names(RunConfig))
     by_leaf = {full.rsplit(".", 1)[-1]: full for full in everything}
     near = difflib.get_close_matches(name, list(by_leaf), n=1)

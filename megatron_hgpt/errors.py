@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HealthGPTError(Exception):
     """Base class of all errors raised on purpose by this package."""
@@ -31,3 +34,9 @@ class SkipSample(HealthGPTError):  # noqa: N818  (a signal to the caller, not a 
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean <prefix><nearest>?"`` for the end of a message; empty where nothing known is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -7,14 +7,13 @@ by name, so that a checkpoint never runs as a slightly different model.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_hgpt.backbone.implementation import keeps_bf16_parameters, transformer_settings
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -261,6 +260,5 @@ def check_override_names(section: str, overrides: Mapping[str, Any], megatron_cl
     names = [field.name for field in dataclasses.fields(megatron_class)]
     for name in overrides:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, names)
             raise ConfigError(f"{section}.{name} is not a field of megatron.core's {megatron_class.__name__}{hint}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_hgpt.config import ModelConfig, RunConfig
 from megatron_hgpt.errors import CheckpointError
+from megatron_hgpt.files import read_json
 
 FORMAT_VERSION = 1
 INFO = "healthgpt.json"
@@ -64,7 +65,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "; it is an unfinished write" if folder.name.endswith(".tmp") else ""
         raise CheckpointError(f"{folder} is not a checkpoint of this package ({INFO} is missing{hint})")
-    info = json.loads(path.read_text())
+    info = read_json(path, CheckpointError)
     if info.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {info.get('format_version')} cannot be read by this version ({FORMAT_VERSION})"

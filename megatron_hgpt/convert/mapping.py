@@ -13,7 +13,6 @@ Phi's checkpoints fuse q|k|v and gate|up already, Llama's and Qwen's do not; bot
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ import torch
 from megatron_hgpt.backbone.names import unfused_name
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.errors import CheckpointError, ConfigError
+from megatron_hgpt.files import read_json
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 Reader = Callable[[str], torch.Tensor]
@@ -206,7 +206,7 @@ def open_checkpoint(folder: Path) -> tuple[set[str], Reader]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = _read_json(index).get("weight_map")
+        files = read_json(index, CheckpointError).get("weight_map")
         if not isinstance(files, dict):
             raise CheckpointError(f"{index} has no weight_map from tensors to files: download the folder again")
     elif (folder / "model.safetensors").is_file():
@@ -230,16 +230,6 @@ def open_checkpoint(folder: Path) -> tuple[set[str], Reader]:
     return set(files), read
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
 def _shape_of(folder: Path, shape: BackboneShape) -> BackboneShape:
     """`shape` with the folder's tie flag, which is the file's business alone; everything else must agree.
 
@@ -247,7 +237,7 @@ def _shape_of(folder: Path, shape: BackboneShape) -> BackboneShape:
         CheckpointError: the folder's config.json is missing, unsupported, or describes another model.
     """
     try:
-        found = read_backbone(_read_json(folder / "config.json"))
+        found = read_backbone(read_json(folder / "config.json", CheckpointError))
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     wanted = dataclasses.replace(shape, tied=found.tied)

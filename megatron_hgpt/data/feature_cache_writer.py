@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ from megatron_hgpt.data.feature_cache import (
 )
 from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader, sha256_of
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.files import replace_folder
 from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import HVPTower
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
@@ -166,20 +165,9 @@ def cache_features(
         return found
     for leftover in sorted(output.parent.glob(f"{output.name}.tmp-*")):
         logger.warning("%s was left by a run that was cut off; delete it", leftover)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replace_folder(output) as temporary:
         manifest = {**description, **_write(temporary, reader, tower, options)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        retired = output.with_name(f"{output.name}.old-{os.getpid()}")
-        if output.exists():
-            output.rename(retired)
-        temporary.rename(output)
-        shutil.rmtree(retired, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return manifest
 
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.files import replace_folder
 from megatron_hgpt.samples import TASKS, Task
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ class DatasetWriter:
         if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
             raise DataError(f"{folder} is not a dataset (no {MANIFEST}) and is not overwritten; choose another folder")
         self.folder = folder
-        self._temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        self._open = ExitStack()
+        self._is_finished = False
         self._builders: dict[str, Any] = {}
         self._tasks: list[int] = []
         self._counts = {"samples": 0, "images": 0, "tokens": 0, "supervised_tokens": 0}
@@ -77,8 +78,7 @@ class DatasetWriter:
         cpu_platform.install_if_needed()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        self._temporary = self._open.enter_context(replace_folder(self.folder))
         for name, dtype in _STREAMS.items():
             self._builders[name] = IndexedDatasetBuilder(str(self._temporary / f"{name}.bin"), dtype=dtype)
         return self
@@ -88,7 +88,10 @@ class DatasetWriter:
     ) -> None:
         for builder in self._builders.values():
             builder.data_file.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if kind is None and not self._is_finished:
+            with self._open:
+                raise RuntimeError(f"{self.folder}: the block ended without finish(); nothing is kept")
+        self._open.__exit__(kind, error, traceback)
 
     def add(
         self,
@@ -135,7 +138,7 @@ class DatasetWriter:
         return dict(sorted(self._skips.items()))
 
     def finish(self, description: dict[str, Any]) -> dict[str, Any]:
-        """Write indices and manifest and move the folder into place.
+        """Write indices and manifest; the folder moves into place when the block ends.
 
         Args:
             description: manifest entries of the caller: tokenizer, template, vocabulary, vq …
@@ -163,11 +166,7 @@ class DatasetWriter:
             "files": {path.name: _fingerprint(path) for path in sorted(self._temporary.iterdir())},
         }
         (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        retired = self.folder.with_name(f"{self.folder.name}.old-{os.getpid()}")
-        if self.folder.exists():
-            self.folder.rename(retired)
-        self._temporary.rename(self.folder)
-        shutil.rmtree(retired, ignore_errors=True)
+        self._is_finished = True
         return manifest
 
 

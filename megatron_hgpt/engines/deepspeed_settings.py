@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_hgpt.backbone.implementation import LOCAL, resolve_transformer_impl
 from megatron_hgpt.config import RunConfig
+from megatron_hgpt.errors import did_you_mean
 
 ENGINES = ("megatron", "deepspeed")
 _PLACES = ("none", "cpu")
@@ -94,9 +94,8 @@ def _override_problems(config: RunConfig) -> Iterator[str]:
     overrides = config.engine.overrides
     for name in overrides:
         if name not in _OPEN_SECTIONS:
-            near = difflib.get_close_matches(name, _OPEN_SECTIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "optimizer, training and engine decide the rest"
-            yield f"engine.overrides.{name} is not one of {', '.join(_OPEN_SECTIONS)}; {hint}"
+            hint = did_you_mean(name, _OPEN_SECTIONS) or "; optimizer, training and engine decide the rest"
+            yield f"engine.overrides.{name} is not one of {', '.join(_OPEN_SECTIONS)}{hint}"
     zero = overrides.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f"engine.overrides.zero_optimization={zero!r} must be a mapping of DeepSpeed's ZeRO fields"

@@ -6,12 +6,11 @@ Figures are the vendor's data sheets: dense (not sparse) peaks of the SXM boards
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, did_you_mean
 
 GIB = 2**30
 
@@ -64,9 +63,7 @@ def gpu_named(name: str, overrides: Mapping[str, float | None]) -> Gpu:
         ConfigError: an unknown name (the nearest is suggested), or a figure that is not a positive number.
     """
     if name not in GPUS:
-        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--gpu {name!r} is unknown; there are {', '.join(GPUS)}{hint}")
+        raise ConfigError(f"--gpu {name!r} is unknown; there are {', '.join(GPUS)}{did_you_mean(name.lower(), GPUS)}")
     given = {field: value for field, value in overrides.items() if value is not None}
     for field, value in given.items():
         if not (math.isfinite(value) and value > 0):

@@ -7,7 +7,6 @@ only the blocks it needs: one of 24 for generation. transformers' CLIPVisionMode
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from megatron_hgpt.config import VisionConfig
-from megatron_hgpt.errors import CheckpointError, ConfigError
+from megatron_hgpt.errors import CheckpointError, ConfigError, did_you_mean
 from megatron_hgpt.samples import Task
 
 if TYPE_CHECKING:
@@ -100,8 +99,7 @@ def _check_keys(vision: VisionConfig) -> None:
     names = list(CLIPVisionConfig().to_dict())
     for key in vision.hf_config:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key, names)
             raise ConfigError(f"model.vision.hf_config.{key} is not a field of CLIP's vision configuration{hint}")
 
 

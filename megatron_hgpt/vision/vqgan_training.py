@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_hgpt.errors import ConfigError, DataError
+from megatron_hgpt.files import replace_folder
 from megatron_hgpt.vision.vqgan import GUMBEL, VQGAN, VQGANConfig
 from megatron_hgpt.vision.vqgan_blocks import AttnBlock, AutoencoderConfig, ResnetBlock
 
@@ -69,6 +68,8 @@ def train_vqgan(
         raise ConfigError(f"num_steps={num_steps} must be at least 2: one for the autoencoder, one for the decoder")
     if num_codes < 1 or len(images) * (resolution // 8) ** 2 < num_codes:
         raise DataError(f"{len(images)} images of {resolution} pixels have too few latents for num_codes={num_codes}")
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; choose another folder for the VQGAN")
     start = time.perf_counter()
     config = _config(resolution, num_codes)
     generator = torch.Generator().manual_seed(seed)
@@ -198,16 +199,9 @@ def _evaluate(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
 
 
 def _write(folder: Path, config: VQGANConfig, model: VQGAN) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with replace_folder(folder) as temporary:
         (temporary / "model.yaml").write_text(yaml.safe_dump(_model_yaml(config), sort_keys=False))
         torch.save({"state_dict": model.state_dict()}, temporary / "last.ckpt")
-        temporary.rename(folder)  # replaces an empty folder, fails on any other
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _model_yaml(config: VQGANConfig) -> dict[str, Any]:
