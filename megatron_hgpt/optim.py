@@ -16,7 +16,8 @@ from torch.optim.adamw import adamw
 
 from megatron_hgpt.backbone.implementation import keeps_bf16_parameters
 from megatron_hgpt.config import OptimizerConfig, RunConfig
-from megatron_hgpt.stages import GROUP_TASK, Stage, group_of
+from megatron_hgpt.parameters import GROUP_TASK, group_of, parameter_group
+from megatron_hgpt.stages import Stage
 
 
 class GroupStepAdamW(torch.optim.AdamW):
@@ -190,8 +191,9 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
     settings: OptimizerConfig = config.optimizer
     overrides = {}
     for group, fields in group_fields(config, stage).items():
-        matched = "vocabulary" if group == "new_rows" else group
-        predicate = ParamWithNamePredicate(name=group, fn=lambda _param, name, wanted=matched: group_of(name) == wanted)
+        predicate = ParamWithNamePredicate(
+            name=group, fn=lambda _param, name, wanted=parameter_group(group): group_of(name) == wanted
+        )
         overrides[ParamKey(with_name_predicate=predicate)] = fields
     megatron_config = MegatronOptimizerConfig(
         **megatron_optimizer_settings(config, stage), **settings.megatron_overrides

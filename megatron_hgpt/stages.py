@@ -1,27 +1,17 @@
 """The three-stage table (HealthGPT paper, section 4 and appendix): one row per run, read by trainer and dry run alike.
-
-Groups of parameters:
-
-    abstract_adapter, concrete_adapter              the adapter of comprehension, of generation
-    hlora_comprehension, hlora_generation           the plugins
-    new_rows                                        embedding and head rows of the VQ tokens
-    vocabulary                                      all rows of embedding and head
-    backbone, tower                                 frozen in every stage
+The groups of parameters are described in `megatron_hgpt.parameters`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_hgpt.config import TrainingConfig
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.parameters import ADAPTER_GROUPS, parameter_groups
 from megatron_hgpt.samples import Task
-
-ADAPTER_GROUPS = {"abstract_adapter": Task.COMPREHENSION, "concrete_adapter": Task.GENERATION}
-HLORA_GROUPS = {"hlora_comprehension": Task.COMPREHENSION, "hlora_generation": Task.GENERATION}
-GROUP_TASK: Mapping[str, Task] = {**ADAPTER_GROUPS, **HLORA_GROUPS}
-"""Groups that only one task's batches train; the others are shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +28,11 @@ class Stage:
     schedule: str = "cosine"
     dropout: Mapping[Task, float | None] = field(default_factory=dict)
     """H-LoRA dropout per task; None or absent keeps the plugin's own."""
+
+    @property
+    def parameter_groups(self) -> frozenset[str]:
+        """Groups (`parameters.group_of`) whose parameters train; new_rows are a part of vocabulary."""
+        return parameter_groups(self.trainable)
 
     def lr_of(self, group: str, lr: float | None = None, adapter_lr: float | None = None) -> float:
         """Peak learning rate of a group: adapters have their own unless they are all that trains."""
@@ -104,8 +99,6 @@ def resolve_stage(training: TrainingConfig) -> Stage:
     Raises:
         ConfigError: unknown stage, or an unknown value of new_rows.
     """
-    import dataclasses
-
     if training.stage not in STAGES:
         raise ConfigError(f"training.stage={training.stage!r} is unknown; use one of {', '.join(STAGES)}")
     stage = STAGES[training.stage]
@@ -118,17 +111,3 @@ def resolve_stage(training: TrainingConfig) -> Stage:
     if training.stage == "stage2" and training.train_adapters_in_stage2:
         trainable += list(ADAPTER_GROUPS)
     return dataclasses.replace(stage, trainable=tuple(trainable))
-
-
-def group_of(parameter_name: str) -> str:
-    """The group a parameter of `HealthGPT` belongs to, by its name."""
-    for task, adapter in ((_C, "abstract_adapter"), (_G, "concrete_adapter")):
-        if f"adapters.{task.value}." in parameter_name:
-            return adapter
-        if f".hlora.{task.value}." in parameter_name:
-            return f"hlora_{task.value}"
-    if "tower." in parameter_name:
-        return "tower"
-    if "word_embeddings.weight" in parameter_name or "output_layer.weight" in parameter_name:
-        return "vocabulary"
-    return "backbone"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.checkpoint import Checkpointer, named_parameters
+from megatron_hgpt.checkpoint import Checkpointer
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines import build_engine
@@ -20,8 +20,9 @@ from megatron_hgpt.errors import HealthGPTError
 from megatron_hgpt.forward_step import LossReport
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
+from megatron_hgpt.parameters import ADAPTER_GROUPS, GROUP_TASK, group_of, named_parameters
 from megatron_hgpt.samples import TASKS, MicroBatch, Task
-from megatron_hgpt.stages import ADAPTER_GROUPS, GROUP_TASK, Stage, group_of
+from megatron_hgpt.stages import Stage
 
 logger = logging.getLogger(__name__)
 

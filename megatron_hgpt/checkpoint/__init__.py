@@ -14,7 +14,6 @@ A folder is written as ``step_….tmp`` and renamed once complete, so a name wit
 
 from megatron_hgpt.checkpoint.checkpointer import Checkpointer, Restored, load_weights
 from megatron_hgpt.checkpoint.description import checkpoint_folders, fingerprint, read_info, resolve_folder
-from megatron_hgpt.checkpoint.state import named_parameters
 
 __all__ = [
     "Checkpointer",
@@ -22,7 +21,6 @@ __all__ = [
     "checkpoint_folders",
     "fingerprint",
     "load_weights",
-    "named_parameters",
     "read_info",
     "resolve_folder",
 ]

@@ -26,7 +26,6 @@ from megatron_hgpt.checkpoint.description import (
 )
 from megatron_hgpt.checkpoint.frozen_base import base_identity
 from megatron_hgpt.checkpoint.state import (
-    SAVED_GROUPS,
     by_parameter,
     copy_tensors,
     model_state,
@@ -39,6 +38,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.engines.base import TrainingEngine
 from megatron_hgpt.errors import CheckpointError
+from megatron_hgpt.parameters import SAVED_GROUPS, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def load_weights(models: Sequence[Any], config: RunConfig, folders: Sequence[str
         folder = resolve_folder(Path(name))
         info = read_info(folder)
         check_fits(config, base, folder, info)
-        groups = {"vocabulary" if group == "new_rows" else group for group in info["trained_groups"]}
+        groups = parameter_groups(info["trained_groups"])
         copy_tensors(models, _load({"model": model_state(models, sorted(groups))}, folder)["model"])
         trained |= set(info["trained_groups"])
         logger.info("loaded %s (%s, step %d): %s", folder, info["stage"], info["step"], ", ".join(sorted(groups)))

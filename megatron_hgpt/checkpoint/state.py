@@ -8,24 +8,13 @@ from typing import Any
 import torch
 
 from megatron_hgpt.engines.base import OptimizerState
-from megatron_hgpt.stages import group_of
-
-SAVED_GROUPS = ("abstract_adapter", "concrete_adapter", "hlora_comprehension", "hlora_generation", "vocabulary")
+from megatron_hgpt.parameters import chunk_prefix, group_of, named_parameters
 
 
 def _metadata() -> dict[str, Any]:
     from megatron.core import parallel_state
 
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def _prefix(models: Sequence[Any], i: int) -> str:
-    return f"chunk {i}/" if len(models) > 1 else ""
-
-
-def named_parameters(models: Sequence[Any]) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this rank by name; interleaved chunks, whose names repeat, are told apart by a prefix."""
-    return {_prefix(models, i) + name: p for i, model in enumerate(models) for name, p in model.named_parameters()}
 
 
 def model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]:
@@ -51,7 +40,7 @@ def model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]:
             )
         )
         wanted = (name for name in state if group_of(name) in groups and "_extra_state" not in name)
-        result.update({_prefix(models, i) + name: state[name] for name in wanted})
+        result.update({chunk_prefix(models, i) + name: state[name] for name in wanted})
     return result
 
 

@@ -27,8 +27,9 @@ from megatron_hgpt.engines.deepspeed_settings import deepspeed_json
 from megatron_hgpt.errors import ConfigError, HealthGPTError
 from megatron_hgpt.forward_step import LossReport, forward_step
 from megatron_hgpt.optim import build_adamw, group_fields
+from megatron_hgpt.parameters import group_of, parameter_group
 from megatron_hgpt.samples import MicroBatch
-from megatron_hgpt.stages import Stage, group_of
+from megatron_hgpt.stages import Stage
 
 
 class DeepSpeedEngine:
@@ -218,8 +219,9 @@ def _parameter_groups(
 ) -> list[dict[str, Any]]:
     groups = []
     for group, fields in group_fields(config, stage).items():
-        matched = "vocabulary" if group == "new_rows" else group
-        groups.append({"params": [p for name, p in trained.items() if group_of(name) == matched], **fields})
+        groups.append(
+            {"params": [p for name, p in trained.items() if group_of(name) == parameter_group(group)], **fields}
+        )
     return groups
 
 

@@ -78,6 +78,6 @@ class MegatronEngine:
 
     def optimizer_state(self) -> OptimizerState:
         """See `TrainingEngine.optimizer_state`."""
-        from megatron_hgpt.checkpoint import named_parameters
+        from megatron_hgpt.parameters import named_parameters
 
         return MegatronOptimizerState(self.optimizer, named_parameters(self.models))

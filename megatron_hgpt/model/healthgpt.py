@@ -24,8 +24,8 @@ from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.context_parallel import shard
 from megatron_hgpt.model.language_model import Backbone
+from megatron_hgpt.parameters import group_of, parameter_groups
 from megatron_hgpt.samples import TASKS, MicroBatch, Task
-from megatron_hgpt.stages import group_of
 from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.adapter import VisionAdapter
 from megatron_hgpt.vision.clip import HVPTower
@@ -354,7 +354,7 @@ def freeze_except(models: Sequence[HealthGPT], trainable: Sequence[str]) -> list
     Raises:
         ConfigError: a group that matches no parameter on any rank would train nothing.
     """
-    wanted = {"vocabulary" if group == "new_rows" else group for group in trainable}
+    wanted = parameter_groups(trainable)
     names, found = [], set()
     for model in models:
         for name, parameter in model.named_parameters():

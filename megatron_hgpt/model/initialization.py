@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from typing import TYPE_CHECKING
 
 import torch
+
+from megatron_hgpt.parameters import canonical_name
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
@@ -51,13 +52,6 @@ def initialize_by_name(model: HealthGPT, *, seed: int, include_backbone: bool) -
         if axis is not None:
             full = full.chunk(group.size(), dim=axis)[group.rank()]
         parameter.copy_(full)
-
-
-def canonical_name(name: str, layer_offset: int) -> str:
-    """The name as an unsharded model has it: layers are numbered through all pipeline stages."""
-    return re.sub(
-        r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + layer_offset), name.removeprefix("module.")
-    )
 
 
 def _draw(name: str, shape: list[int], generator: torch.Generator, is_added: bool, model: HealthGPT) -> torch.Tensor:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_hgpt.parameters import ADAPTER_GROUPS, HLORA_GROUPS
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.request import FP32_BYTES, PlanRequest
 from megatron_hgpt.samples import Task
-from megatron_hgpt.stages import ADAPTER_GROUPS, HLORA_GROUPS
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 _INT64_BYTES = 8

@@ -16,6 +16,7 @@ import torch
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.backbone.implementation import LOCAL
 from megatron_hgpt.config import RunConfig
+from megatron_hgpt.parameters import group_of
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.hardware import GPUS, Cluster
 from megatron_hgpt.planner.layouts import Layout
@@ -23,7 +24,6 @@ from megatron_hgpt.planner.memory import rank_memory
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models, build_stage
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.samples import IGNORE_INDEX, MicroBatch, Task
-from megatron_hgpt.stages import group_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,9 @@ def compare(request: PlanRequest, layout: Layout, rank_model: RankModel) -> list
     config = request.buildable_config_of(layout.parallel_config(distributed_optimizer=request.distributed_optimizer))
     (model,) = build_stage(config, torch.device("cpu"))
     model.train()
-    wanted = {"vocabulary" if group == "new_rows" else group for group in request.stage.trainable}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(group_of(name) in wanted)
+            parameter.requires_grad_(group_of(name) in request.stage.parameter_groups)
             parameter.fill_(0.01)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -17,9 +17,10 @@ import torch
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.errors import HealthGPTError
+from megatron_hgpt.parameters import group_of
 from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.request import PlanRequest
-from megatron_hgpt.stages import Stage, group_of, resolve_stage
+from megatron_hgpt.stages import Stage, resolve_stage
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
@@ -146,14 +147,13 @@ def _kind_of(name: str) -> str:
 
 def describe_stage(chunks: Sequence[HealthGPT], stage: Stage, *, pipeline_rank: int) -> RankModel:
     """Count the parameters of a stage by kind, and which of them `stage` trains."""
-    wanted = {"vocabulary" if group == "new_rows" else group for group in stage.trainable}
     totals: dict[tuple[str, bool], list[int]] = {}
     numels: list[tuple[int, ...]] = []
     reduced = 0
     for chunk in chunks:
         trained_here = []
         for name, parameter in chunk.named_parameters():
-            trained = group_of(name) in wanted
+            trained = group_of(name) in stage.parameter_groups
             entry = totals.setdefault((_kind_of(name), trained), [0, 0])
             entry[0] += parameter.numel()
             entry[1] += parameter.nbytes

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from megatron_hgpt.hooks.throughput import PathParameters
 from megatron_hgpt.model.parameter_counts import count_hlora, count_parameters
+from megatron_hgpt.parameters import ADAPTER_GROUPS
 from megatron_hgpt.planner import communication
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.communication import Traffic
@@ -19,7 +20,6 @@ from megatron_hgpt.planner.memory import RankMemory
 from megatron_hgpt.planner.meta_model import RankModel
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.samples import Task
-from megatron_hgpt.stages import ADAPTER_GROUPS
 from megatron_hgpt.validation import global_batch_size
 
 

@@ -23,7 +23,8 @@ from megatron_hgpt.config import (
     VQConfig,
 )
 from megatron_hgpt.data.collate import ExpandedSample, collate_packed
-from megatron_hgpt.model.initialization import canonical_name, generator_for
+from megatron_hgpt.model.initialization import generator_for
+from megatron_hgpt.parameters import canonical_name
 from megatron_hgpt.samples import IGNORE_INDEX, EncodedSample, MicroBatch, Task
 
 TEXT_SIZE, NUM_CODES, NUM_INDICES = 96, 16, 4

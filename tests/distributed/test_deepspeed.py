@@ -145,7 +145,7 @@ def test_bf16_starts_with_the_same_loss_and_stays_close(backbone: Path, tmp_path
 
 def idle_plugin(backbone: Path, folder: Path, engine: EngineConfig) -> set[str]:
     """Groups of which a weight or a moment moved in a step with comprehension only, after two joint steps."""
-    from megatron_hgpt.stages import group_of
+    from megatron_hgpt.parameters import group_of
 
     trainer = make_trainer(make_config(backbone, folder, engine), initialize())
     steps(trainer, 2)

@@ -25,7 +25,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed_groups(backbone: Path, folder: Path) -> dict[str, dict[str, list[str]]]:
     """Per stage, the groups of which some tensor changed in 3 steps, and those of which every tensor did."""
     from megatron_hgpt import distributed
-    from megatron_hgpt.stages import group_of
+    from megatron_hgpt.parameters import group_of
 
     context = distributed.initialize(ParallelConfig(), seed=1)
     result = {}

@@ -123,7 +123,7 @@ def compare_models(backbone: Path, folder: Path) -> None:
         from megatron_hgpt.convert.mapping import export_backbone
         from megatron_hgpt.hlora import te_linear
         from megatron_hgpt.model.healthgpt import build_model, freeze_except
-        from megatron_hgpt.stages import group_of
+        from megatron_hgpt.parameters import group_of
         from megatron_hgpt.testing.models import make_b_nonzero
 
         context = distributed.initialize(ParallelConfig(), seed=1)

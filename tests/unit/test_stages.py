@@ -6,8 +6,9 @@ import pytest
 
 from megatron_hgpt.config import TrainingConfig
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.parameters import GROUP_TASK, group_of
 from megatron_hgpt.samples import Task
-from megatron_hgpt.stages import GROUP_TASK, STAGES, Stage, group_of, resolve_stage
+from megatron_hgpt.stages import STAGES, Stage, resolve_stage
 
 C, G = Task.COMPREHENSION, Task.GENERATION
 
