@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_hgpt.batching import data_parallel_size, global_batch_size, num_micro_batches, steps_per_epoch
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.model.parameter_counts import count_parameters
 from megatron_hgpt.stages import Stage, resolve_stage
 from megatron_hgpt.text.vocabulary import Vocabulary
-from megatron_hgpt.validation import data_parallel_size, global_batch_size
 
 
 def describe(config: RunConfig, world_size: int) -> str:
     """What ``--dry-run`` prints: resolved configuration, parameters per group, batch arithmetic. Starts nothing."""
     stage = resolve_stage(config.training)
     dp_size, total = data_parallel_size(config, world_size), global_batch_size(config)
-    micro = config.training.micro_batch_size
     lines = ["# resolved configuration", dump(config).rstrip(), "", "# parameters", ""]
     counts = count_parameters(config.model)
     vocabulary = Vocabulary.from_config(config.model)
@@ -44,7 +43,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"context parallel size           {config.parallel.context_parallel_size}",
         f"data parallel size              {dp_size}",
         f"samples per optimizer step      {total}",
-        f"micro-batches per rank          {total // (micro * dp_size)} of {micro} samples",
+        f"micro-batches per rank          {num_micro_batches(config, dp_size)} of {config.training.micro_batch_size} samples",
         f"tokens per optimizer step       at most {total * config.model.max_seq_length:,}",
         f"length of the run               {_length(config, stage, total)}",
         "learning rates                  "
@@ -74,9 +73,8 @@ def _length(config: RunConfig, stage: Stage, total: int) -> str:
         samples = [sum(int(counts.get(task.value, 0)) for counts in per_task) for task in stage.tasks]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{training.num_epochs:g} epochs (unreadable manifest in data.train: {error!r})"
-    micro = training.micro_batch_size
     if config.data.packing != "none":
         return f"{training.num_epochs:g} epochs of {sum(samples):,} samples in packed rows"
-    steps = -(-sum(-(-count // micro) for count in samples) // (total // micro))  # micro-batches hold one task each
-    steps = max(1, round(training.num_epochs * steps))
+    epoch = steps_per_epoch(samples, micro_batch_size=training.micro_batch_size, global_batch_size=total)
+    steps = max(1, round(training.num_epochs * epoch))
     return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {steps:,} steps"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
+from megatron_hgpt.batching import replica_size
 from megatron_hgpt.cli import parse_args
 from megatron_hgpt.errors import ConfigError, HealthGPTError
 
@@ -19,15 +19,12 @@ def processes_per_node(argv: list[str]) -> int:
 
     config, _ = parse_args(argv)
     parallel, gpus = config.parallel, torch.cuda.device_count()
-    sizes = {
-        name: getattr(parallel, name)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    }
-    replica = math.prod(sizes.values())
+    replica = replica_size(parallel)
     if gpus == 0 or replica < 1:  # validation refuses the latter, in its own words
         return max(replica, 1)
     if gpus < replica:
-        product = " x ".join(f"parallel.{name}={size}" for name, size in sizes.items() if size > 1)
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        product = " x ".join(f"parallel.{n}={getattr(parallel, n)}" for n in names if getattr(parallel, n) > 1)
         raise ConfigError(
             f"{product} needs {replica} GPUs, this machine has {gpus}; lower it (and set "
             "parallel.sequence_parallel=false at tensor size 1), or set NPROC_PER_NODE and NNODES for several machines"

@@ -9,12 +9,13 @@ from typing import Any
 
 from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
+from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import PathParameters, TrainState
 from megatron_hgpt.stages import resolve_stage
-from megatron_hgpt.validation import global_batch_size, validate
+from megatron_hgpt.validation import validate
 
 logger = logging.getLogger(__name__)
 

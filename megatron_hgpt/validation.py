@@ -20,6 +20,7 @@ from megatron_hgpt.backbone.shape import (
     read_backbone,
     transformer_config,
 )
+from megatron_hgpt.batching import data_parallel_size, global_batch_size
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError
@@ -67,29 +68,6 @@ def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) ->
         resolve_transformer_impl(config.model, config.training)
         for problem in (*missing_requirements(config), *_missing_paths(config)):
             raise ConfigError(problem)
-
-
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Replicas of the model.
-
-    Raises:
-        ConfigError: the layout does not divide the number of processes.
-    """
-    parallel = config.parallel
-    one = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    if one < 1 or world_size % one:
-        raise ConfigError(
-            f"{world_size} processes cannot hold replicas of {one} (tensor {parallel.tensor_model_parallel_size} x "
-            f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}); start a "
-            f"multiple of {one}, e.g. torchrun --nproc-per-node {one}"
-        )
-    return world_size // one
-
-
-def global_batch_size(config: RunConfig) -> int:
-    """Samples per optimizer step: the configured number, or the stage's."""
-    configured = config.training.global_batch_size
-    return resolve_stage(config.training).global_batch_size if configured is None else configured
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from megatron_hgpt.errors import ConfigError, SkipSample
+from megatron_hgpt.rounding import round_up
 from megatron_hgpt.samples import IGNORE_INDEX, IMAGE_TOKEN_ID, EncodedSample, MicroBatch
 from megatron_hgpt.vision.preprocess import clip_preprocess
 
@@ -99,7 +100,7 @@ def collate(
     if len(tasks) != 1:
         raise ConfigError(f"a micro-batch needs samples of one task, got {sorted(task.value for task in tasks)}")
     rows = [expanded for _, expanded in samples]
-    length = _round_up(max(len(row.tokens) for row in rows), pad_to_multiple)
+    length = round_up(max(len(row.tokens) for row in rows), pad_to_multiple)
 
     def stack(parts: list[torch.Tensor], fill: int) -> torch.Tensor:
         padded = [torch.nn.functional.pad(part, (0, length - len(part)), value=fill) for part in parts]
@@ -133,7 +134,7 @@ def collate_packed(
     rows = [expanded for _, expanded in samples]
     tasks = [stored.task for stored, _ in samples]
     num_content_tokens = sum(len(row.tokens) for row in rows)
-    length = _round_up(num_content_tokens, pad_to_multiple)
+    length = round_up(num_content_tokens, pad_to_multiple)
     starts = [0, *accumulate(len(row.tokens) for row in rows[:-1])]
     boundaries = (*starts, length)
     spans = [end - start for start, end in pairwise(boundaries)]
@@ -160,10 +161,6 @@ def collate_packed(
         num_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         num_content_tokens=num_content_tokens,
     )
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def _pixels(rows: Sequence[ExpandedSample], image_size: int) -> torch.Tensor:

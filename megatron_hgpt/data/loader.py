@@ -30,6 +30,7 @@ from megatron_hgpt.data.collate import ExpandedSample, collate, collate_packed, 
 from megatron_hgpt.data.packing import Indices, packed_rows
 from megatron_hgpt.data.source import SampleSource, open_source
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.rounding import ceil_div
 from megatron_hgpt.samples import EncodedSample, MicroBatch, Task
 
 __all__ = ["TrainLoader", "build_loader", "build_validation_batches", "splice_images"]
@@ -121,7 +122,7 @@ class TrainLoader:
         if packing != "none":
             self._rows = packed_rows(samples, source.lengths, mixed=packing == "mixed", capacity=pack_length, seed=seed)
             self._members = {task: np.arange(len(rows)) for task, rows in self._rows.items()}
-        self._per_epoch = {task: -(-len(members) // micro_batch_size) for task, members in self._members.items()}
+        self._per_epoch = {task: ceil_div(len(members), micro_batch_size) for task, members in self._members.items()}
         self._schedule = TaskSchedule(
             {task: shares.get(task) or Fraction(count) for task, count in self._per_epoch.items()}  # type: ignore[arg-type]
         )
@@ -135,7 +136,7 @@ class TrainLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Steps after which every sample was drawn at least once (with a mixture: as many micro-batches)."""
-        return -(-sum(self._per_epoch.values()) // self._num_micro_batches)
+        return ceil_div(sum(self._per_epoch.values()), self._num_micro_batches)
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next optimizer step.

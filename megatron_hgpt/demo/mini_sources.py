@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.rounding import ceil_div
 
 MIN_SIDE = 64
 """Shorter side in pixels below which a slice is enlarged (bicubic)."""
@@ -78,7 +79,7 @@ def resized(image: Image.Image) -> tuple[Image.Image, bool]:
     if max(image.size) > MAX_SIDE:
         factor = MAX_SIDE / max(image.size)
     elif min(image.size) < MIN_SIDE:
-        factor = min(float(-(-MIN_SIDE // min(image.size))), MAX_SIDE / max(image.size))
+        factor = min(float(ceil_div(MIN_SIDE, min(image.size))), MAX_SIDE / max(image.size))
     if factor == 1.0:
         return image, True
     size = (round(image.width * factor), round(image.height * factor))

@@ -25,6 +25,7 @@ from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec
 from megatron_hgpt.model.context_parallel import shard
 from megatron_hgpt.model.language_model import Backbone
 from megatron_hgpt.parameters import group_of, parameter_groups
+from megatron_hgpt.rounding import ceil_div
 from megatron_hgpt.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.adapter import VisionAdapter
@@ -116,7 +117,7 @@ class HealthGPT(MegatronModule):
             features = self.tower(pixel_values, task)
         else:
             num_images = pixel_values.shape[0]
-            per_rank = -(-num_images // size)
+            per_rank = ceil_div(num_images, size)
             padded = torch.cat([pixel_values, pixel_values[:1].expand(per_rank * size - num_images, -1, -1, -1)])
             mine = self.tower(padded[rank * per_rank : (rank + 1) * per_rank], task).contiguous()
             gathered = mine.new_empty(per_rank * size, *mine.shape[1:])

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_hgpt.backbone.implementation import sequence_multiple
+from megatron_hgpt.batching import num_micro_batches
 from megatron_hgpt.config import ParallelConfig
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.planner.request import PlanRequest
-from megatron_hgpt.validation import global_batch_size, validate
+from megatron_hgpt.rounding import round_up
+from megatron_hgpt.validation import validate
 
 _MIN_TOKENS_PER_CONTEXT_RANK = 1024
 """Below it attention has too little work to hide the exchange of keys; only an explicit --context goes lower."""
@@ -61,11 +63,11 @@ class Layout:
         """Tokens of a sample after the trainer's padding to equal shares."""
         config = request.config_of(self.parallel_config(distributed_optimizer=request.distributed_optimizer))
         multiple = sequence_multiple(config.parallel, config.training)
-        return -(-request.sequence_length // multiple) * multiple
+        return round_up(request.sequence_length, multiple)
 
     def num_micro_batches(self, request: PlanRequest) -> int:
         """Micro-batches per rank and optimizer step."""
-        return global_batch_size(request.config) // (request.config.training.micro_batch_size * self.data)
+        return num_micro_batches(request.config, self.data)
 
 
 def split_layers(num_layers: int, pipeline: int, first: int | None = None, last: int | None = None) -> tuple[int, ...]:

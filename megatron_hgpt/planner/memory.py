@@ -12,6 +12,7 @@ from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.meta_model import RankModel
 from megatron_hgpt.planner.request import FP32_BYTES, PlanRequest
 from megatron_hgpt.planner.schedule import peak_activation_bytes, working_bytes
+from megatron_hgpt.rounding import round_up
 
 _MOMENT_BYTES = 2 * FP32_BYTES
 """Adam's two moments, fp32."""
@@ -62,11 +63,11 @@ def _sharded_buffer(numels: Sequence[int], data_parallel_size: int) -> tuple[int
     """Elements of the gradient buffer of one model chunk, and of parameters in each rank's equal share of it."""
     ranges, end = [], 0
     for numel in reversed(numels):
-        start = -(-end // _ALIGN_PARAMETER) * _ALIGN_PARAMETER
+        start = round_up(end, _ALIGN_PARAMETER)
         end = start + numel
         ranges.append((start, end))
     align = math.lcm(data_parallel_size, _ALIGN_BUFFER)
-    padded = -(-end // align) * align
+    padded = round_up(end, align)
     shard = padded // data_parallel_size
     held = [0] * data_parallel_size
     for start, stop in ranges:

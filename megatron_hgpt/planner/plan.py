@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.planner import communication
 from megatron_hgpt.planner.activations import ActivationModel
 from megatron_hgpt.planner.hardware import GIB
@@ -12,7 +13,6 @@ from megatron_hgpt.planner.memory import RankMemory, rank_memory
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.planner.timing import StepTime, model_flops_per_step, step_time, task_weights
-from megatron_hgpt.validation import global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

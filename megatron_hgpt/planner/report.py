@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.plan import LayoutPlan, Plan
 from megatron_hgpt.planner.request import PlanRequest
-from megatron_hgpt.validation import global_batch_size
 
 _COLUMNS = ("TP", "PP", "CP", "DP", "micro", "fits", "GiB", "frozen", "train", "grad", "optim", "activ", "work",
             "step s", "tok/s", "MFU", "bottleneck")  # fmt: skip

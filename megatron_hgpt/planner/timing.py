@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.hooks.throughput import PathParameters
 from megatron_hgpt.model.parameter_counts import count_hlora, count_parameters
 from megatron_hgpt.parameters import ADAPTER_GROUPS
@@ -19,8 +20,8 @@ from megatron_hgpt.planner.layouts import Layout
 from megatron_hgpt.planner.memory import RankMemory
 from megatron_hgpt.planner.meta_model import RankModel
 from megatron_hgpt.planner.request import PlanRequest
+from megatron_hgpt.rounding import ceil_div
 from megatron_hgpt.samples import Task
-from megatron_hgpt.validation import global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def _first_stage_flops(sizes: ActivationModel, counts: dict[str, int]) -> float:
     adapter = next(name for name, task in ADAPTER_GROUPS.items() if task is sizes.task)
     work: float = (6 if sizes.trains_adapter else 2) * counts.get(adapter, 0) * positions
     if num_images and request.config.data.feature_cache is None:
-        images_here = -(-num_images // (sizes.layout.tensor * sizes.layout.context))
+        images_here = ceil_div(num_images, sizes.layout.tensor * sizes.layout.context)
         per_image = positions // num_images + 1
         work += 2 * counts["tower"] * _tower_blocks(request, sizes.task) * images_here * per_image
     return work

@@ -9,6 +9,8 @@ from html import escape
 
 import numpy as np
 
+from megatron_hgpt.rounding import ceil_div
+
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 420, 230
@@ -87,7 +89,7 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, allow_log:
 
 def _thin(points: list[Point]) -> list[Point]:
     """At most `_MAX_POINTS` points: means of neighbouring ones."""
-    size = -(-len(points) // _MAX_POINTS)
+    size = ceil_div(len(points), _MAX_POINTS)
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_hgpt.config import ModelConfig
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.rounding import round_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Vocabulary:
     @property
     def padded_size(self) -> int:
         """Rows of the embedding and head matrices."""
-        return -(-self.size // self.pad_to_multiple) * self.pad_to_multiple
+        return round_up(self.size, self.pad_to_multiple)
 
     def encode_indices(self, indices: list[int]) -> list[int]:
         """VQ indices (raster order) to ids, with `<start_index>` in front and `<end_index>` behind.

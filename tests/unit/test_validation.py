@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hgpt.batching import data_parallel_size, global_batch_size
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.stages import STAGES
-from megatron_hgpt.validation import data_parallel_size, global_batch_size, validate
+from megatron_hgpt.validation import validate
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))
