@@ -13,13 +13,8 @@ from pathlib import Path
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.backbone.implementation import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
-from megatron_hgpt.backbone.shape import (
-    BackboneShape,
-    check_override_names,
-    check_tensor_parallel,
-    read_backbone,
-    transformer_config,
-)
+from megatron_hgpt.backbone.shape import BackboneShape, check_tensor_parallel, read_backbone
+from megatron_hgpt.backbone.transformer import check_override_names, transformer_config
 from megatron_hgpt.batching import data_parallel_size, global_batch_size
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements

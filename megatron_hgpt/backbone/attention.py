@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megatron_hgpt.model.context_parallel import natural_order
+from megatron_hgpt.backbone.context_parallel import natural_order
 
 
 class SDPACoreAttention(DotProductAttention):
@@ -100,7 +100,7 @@ class SDPACoreAttention(DotProductAttention):
         return torch.cat(parts)
 
     def _forward_context_parallel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """This rank's two chunks of queries against all keys before them (`model.context_parallel`).
+        """This rank's two chunks of queries against all keys before them (`backbone.context_parallel`).
 
         Keys and values are gathered, with grouped heads a fraction of the queries; backward reduce-scatters them.
         """

@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
-from megatron_hgpt.backbone.shape import BackboneShape, read_backbone, transformer_config
+from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
+from megatron_hgpt.backbone.transformer import transformer_config
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec

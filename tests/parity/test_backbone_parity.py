@@ -23,7 +23,8 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
     distributed.initialize(ParallelConfig(tensor_model_parallel_size=tp), seed=1)
     from megatron.core import parallel_state
 
-    from megatron_hgpt.backbone.shape import read_backbone, transformer_config
+    from megatron_hgpt.backbone.shape import read_backbone
+    from megatron_hgpt.backbone.transformer import transformer_config
     from megatron_hgpt.config import HLoRAPluginConfig
     from megatron_hgpt.convert.mapping import load_backbone
     from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec

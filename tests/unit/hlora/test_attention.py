@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from megatron_hgpt.backbone.attention import SDPACoreAttention
-from megatron_hgpt.model.context_parallel import natural_order, positions_of_rank
+from megatron_hgpt.backbone.context_parallel import natural_order, positions_of_rank
 
 HEADS, DIM = 2, 8
 

@@ -12,8 +12,8 @@ from megatron_hgpt.backbone.shape import (
     check_tensor_parallel,
     legal_tensor_parallel_sizes,
     read_backbone,
-    transformer_config,
 )
+from megatron_hgpt.backbone.transformer import transformer_config
 from megatron_hgpt.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_hgpt.config_io import load_config, preset_names
 from megatron_hgpt.errors import ConfigError
