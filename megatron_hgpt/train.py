@@ -34,10 +34,10 @@ def main(config: RunConfig) -> None:
     _configure_logging(context.is_writer)
     try:
         # megatron.core is imported below only: the platform had to be prepared first.
+        from megatron_hgpt.build import build_model_chunks, freeze_except
         from megatron_hgpt.checkpoint import Checkpointer, load_weights
         from megatron_hgpt.data.loader import build_loader
         from megatron_hgpt.hooks import build_hooks
-        from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
         from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.trainer import Trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,59 +16,15 @@ from megatron_hgpt.checkpoint import Checkpointer
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines import build_engine
-from megatron_hgpt.errors import HealthGPTError
 from megatron_hgpt.forward_step import LossReport
+from megatron_hgpt.gradient_audit import GradientAudit
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
-from megatron_hgpt.parameters import ADAPTER_GROUPS, GROUP_TASK, group_of, named_parameters
-from megatron_hgpt.samples import TASKS, MicroBatch, Task
+from megatron_hgpt.parameters import named_parameters
+from megatron_hgpt.samples import TASKS, MicroBatch
 from megatron_hgpt.stages import Stage
 
 logger = logging.getLogger(__name__)
-
-
-class GradientAudit:
-    """Asserts, at the first step of each task, that every trainable parameter of that task received a gradient.
-
-    LoRA that silently does not train is the field's most repeated failure: recomputation with frozen inputs, a wrong
-    freeze order, an adapter outside the graph. It costs nothing after the tasks were seen once.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._waiting: dict[str, Task | None] = {}
-        self._seen: set[str] = set()
-        self._handles = []
-        for name, parameter in parameters.items():
-            if parameter.requires_grad:
-                self._waiting[name] = GROUP_TASK.get(group_of(name))
-                self._handles.append(parameter.register_hook(lambda _grad, name=name: self._seen.add(name)))
-
-    def check(self, batches: Sequence[MicroBatch]) -> None:
-        """Check the parameters of the tasks that this rank's micro-batches had; adapters, where they had images.
-
-        Raises:
-            HealthGPTError: names parameters that train but got no gradient.
-        """
-        if not self._waiting:
-            return
-        tasks = {task for batch in batches for task in batch.tasks}
-        with_images = {task for batch in batches if batch.num_images for task in (batch.image_tasks or batch.tasks)}
-        due = [
-            name
-            for name, task in self._waiting.items()
-            if task is None or task in (with_images if group_of(name) in ADAPTER_GROUPS else tasks)
-        ]
-        missing = [name for name in due if name not in self._seen]
-        if missing:
-            raise HealthGPTError(
-                f"{len(missing)} trainable parameters received no gradient in their first step, e.g. {missing[:3]}: "
-                "they would silently never train. Check recomputation, the stage's groups and the model's wiring."
-            )
-        for name in due:
-            del self._waiting[name]
-        if not self._waiting:
-            for handle in self._handles:
-                handle.remove()
 
 
 class Trainer:

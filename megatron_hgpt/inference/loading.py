@@ -51,8 +51,8 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     from megatron_hgpt import cpu_platform
 
     cpu_platform.install_if_needed()
+    from megatron_hgpt.build import build_model
     from megatron_hgpt.checkpoint import load_weights, resolve_folder
-    from megatron_hgpt.model.healthgpt import build_model
     from megatron_hgpt.text.tokenizer import TextTokenizer
 
     folder = resolve_folder(run)

@@ -16,7 +16,7 @@ from megatron_hgpt.samples import IGNORE_INDEX
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 
-class Backbone(GPTModel):
+class LanguageModel(GPTModel):
     """GPTModel whose head runs at supervised positions only and never sees padded vocabulary rows."""
 
     def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:

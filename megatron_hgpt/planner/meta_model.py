@@ -125,7 +125,7 @@ def build_stage(config: RunConfig, device: torch.device = _META) -> list[HealthG
         device: where they are built; on meta they have shapes only.
     """
     cpu_platform.install_if_needed()
-    from megatron_hgpt.model.healthgpt import bare_model_chunks
+    from megatron_hgpt.build import bare_model_chunks
 
     with _everything_on_meta() if device == _META else contextlib.nullcontext():
         return bare_model_chunks(

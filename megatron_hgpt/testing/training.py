@@ -35,8 +35,8 @@ def build_trainer(
         hooks: of the trainer.
     """
     from megatron_hgpt.backbone.implementation import sequence_multiple
+    from megatron_hgpt.build import build_model_chunks, freeze_except
     from megatron_hgpt.checkpoint import Checkpointer
-    from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
     from megatron_hgpt.stages import resolve_stage
     from megatron_hgpt.trainer import Trainer
 

@@ -224,8 +224,8 @@ def train_and_save(backbone: Path, folder: Path, engine: EngineConfig) -> dict[s
 
 
 def load_elsewhere(backbone: Path, folder: Path, run: Path) -> dict[str, np.ndarray]:
+    from megatron_hgpt.build import build_model
     from megatron_hgpt.checkpoint import load_weights
-    from megatron_hgpt.model.healthgpt import build_model
 
     config = make_config(backbone, folder, EngineConfig())
     model = build_model(config, initialize().device)

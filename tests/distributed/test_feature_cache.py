@@ -89,9 +89,9 @@ def train(backbone: Path, dataset: Path, folder: Path, parallel: ParallelConfig,
     from megatron_hgpt import distributed
 
     context = distributed.initialize(parallel, seed=1)
+    from megatron_hgpt.build import build_model_chunks, freeze_except
     from megatron_hgpt.checkpoint import Checkpointer
     from megatron_hgpt.data.loader import build_loader
-    from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
     from megatron_hgpt.stages import resolve_stage
     from megatron_hgpt.testing.models import make_b_nonzero
     from megatron_hgpt.trainer import Trainer
@@ -146,8 +146,8 @@ def test_a_cache_of_the_wrong_depth_would_show(prepared: tuple[Path, Path], tmp_
 def pictures_without_a_tower(backbone: Path, folder: Path) -> str:
     """What a model without its tower says to pixels."""
     from megatron_hgpt import distributed
+    from megatron_hgpt.build import build_model_chunks
     from megatron_hgpt.errors import DataError
-    from megatron_hgpt.model.healthgpt import build_model_chunks
     from megatron_hgpt.testing.models import make_micro_batch
 
     context = distributed.initialize(ParallelConfig(), seed=1)

@@ -56,10 +56,10 @@ def generate(backbone: Path, folder: Path, parallel: ParallelConfig) -> dict[str
     context = distributed.initialize(parallel, seed=1)
     from PIL import Image
 
+    from megatron_hgpt.build import build_model
     from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
     from megatron_hgpt.errors import DataError
     from megatron_hgpt.inference.generator import Generator, Prompt, Sampling, inference_mode
-    from megatron_hgpt.model.healthgpt import build_model
     from megatron_hgpt.testing.models import make_b_nonzero
     from megatron_hgpt.text.tokenizer import TextTokenizer
 

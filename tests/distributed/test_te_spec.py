@@ -120,9 +120,9 @@ def compare_models(backbone: Path, folder: Path) -> None:
 
         from megatron_hgpt import distributed
         from megatron_hgpt.backbone.names import unfused_name
+        from megatron_hgpt.build import build_model, freeze_except
         from megatron_hgpt.convert.mapping import export_backbone
         from megatron_hgpt.hlora import te_linear
-        from megatron_hgpt.model.healthgpt import build_model, freeze_except
         from megatron_hgpt.parameters import group_of
         from megatron_hgpt.testing.models import make_b_nonzero
 
@@ -190,7 +190,7 @@ def count_fp8_calls(backbone: Path, folder: Path) -> tuple[set[tuple[str, bool]]
     """Which base GEMMs ran under the FP8 autocast, in training and in evaluation, and the recipe."""
     with stand_in():
         from megatron_hgpt import distributed
-        from megatron_hgpt.model.healthgpt import build_model
+        from megatron_hgpt.build import build_model
 
         context = distributed.initialize(ParallelConfig(), seed=1)
         model = build_model(make_config(backbone, folder, {}, TE, precision="fp8"), context.device)

@@ -211,8 +211,8 @@ def m3_batches(config: Any) -> Iterator[MicroBatch]:
 def m3_step(folder: Path, precision: str) -> tuple[float, float, float]:
     """Peak memory (GiB), time of the third step (s) and its loss, of stage 3 at the full M3 shape, random weights."""
     from megatron_hgpt import cpu_platform, distributed
+    from megatron_hgpt.build import build_model_chunks, freeze_except
     from megatron_hgpt.checkpoint import Checkpointer
-    from megatron_hgpt.model.healthgpt import build_model_chunks, freeze_except
     from megatron_hgpt.stages import resolve_stage
     from megatron_hgpt.trainer import Trainer
 

@@ -28,7 +28,7 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
     from megatron_hgpt.config import HLoRAPluginConfig
     from megatron_hgpt.convert.mapping import load_backbone
     from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec
-    from megatron_hgpt.model.language_model import Backbone
+    from megatron_hgpt.model.language_model import LanguageModel
     from megatron_hgpt.samples import Task
     from megatron_hgpt.text.vocabulary import Vocabulary
 
@@ -42,7 +42,7 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
         parallel = ParallelConfig(tensor_model_parallel_size=tp)
         config = transformer_config(shape, model_config, parallel, TrainingConfig(precision="fp32"))
         plugins = {Task.COMPREHENSION: HLoRAPluginConfig(lora_rank=8, num_experts=4)}
-        model = Backbone(
+        model = LanguageModel(
             config, hlora_block_spec(config, shape, plugins), vocab_size=vocabulary.padded_size, max_sequence_length=32,
             position_embedding_type="rope", rotary_base=shape.rope_theta, vocabulary=vocabulary,
             scatter_embedding_sequence_parallel=False,
