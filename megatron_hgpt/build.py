@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron_hgpt.backbone.shape import read_backbone
 from megatron_hgpt.backbone.transformer import transformer_config
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
-from megatron_hgpt.convert.mapping import load_backbone
+from megatron_hgpt.convert.huggingface import load_backbone
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.model.healthgpt import HealthGPT
 from megatron_hgpt.model.initialization import initialize_by_name

@@ -17,6 +17,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     """What ``--dry-run`` prints: resolved configuration, parameters per group, batch arithmetic. Starts nothing."""
     stage = resolve_stage(config.training)
     dp_size, total = data_parallel_size(config, world_size), global_batch_size(config)
+    micro = config.training.micro_batch_size
     lines = ["# resolved configuration", dump(config).rstrip(), "", "# parameters", ""]
     counts = count_parameters(config.model)
     vocabulary = Vocabulary.from_config(config.model)
@@ -43,7 +44,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"context parallel size           {config.parallel.context_parallel_size}",
         f"data parallel size              {dp_size}",
         f"samples per optimizer step      {total}",
-        f"micro-batches per rank          {num_micro_batches(config, dp_size)} of {config.training.micro_batch_size} samples",
+        f"micro-batches per rank          {num_micro_batches(config, dp_size)} of {micro} samples",
         f"tokens per optimizer step       at most {total * config.model.max_seq_length:,}",
         f"length of the run               {_length(config, stage, total)}",
         "learning rates                  "

@@ -191,9 +191,8 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
     settings: OptimizerConfig = config.optimizer
     overrides = {}
     for group, fields in group_fields(config, stage).items():
-        predicate = ParamWithNamePredicate(
-            name=group, fn=lambda _param, name, wanted=parameter_group(group): group_of(name) == wanted
-        )
+        matched = parameter_group(group)
+        predicate = ParamWithNamePredicate(name=group, fn=lambda _param, name, wanted=matched: group_of(name) == wanted)
         overrides[ParamKey(with_name_predicate=predicate)] = fields
     megatron_config = MegatronOptimizerConfig(
         **megatron_optimizer_settings(config, stage), **settings.megatron_overrides

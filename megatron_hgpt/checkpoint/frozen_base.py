@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 
 from megatron_hgpt.config import RunConfig
+from megatron_hgpt.convert.safetensors_files import read_header
 from megatron_hgpt.errors import CheckpointError, HealthGPTError
 from megatron_hgpt.vision.clip import tower_hash
 
 _SAMPLE_BYTES = 1024
-_MAX_HEADER_BYTES = 100 * 2**20
-"""As the safetensors library's own limit."""
 
 
 def weights_digest(folder: Path) -> str:
@@ -40,23 +38,19 @@ def weights_digest(folder: Path) -> str:
 
 def _records(path: Path) -> Iterator[str]:
     """One line per tensor: name, type, shape, digest of its samples."""
-    try:
-        with path.open("rb") as stream:
-            (header_size,) = struct.unpack("<Q", stream.read(8))
-            if header_size > _MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {header_size} bytes")
-            header = json.loads(stream.read(header_size))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
+    header, start = read_header(path)
+    with path.open("rb") as stream:
+        for name, entry in header.items():
+            try:
                 begin, end = entry["data_offsets"]
                 size = min(_SAMPLE_BYTES, end - begin)
                 samples = hashlib.sha256()
                 for offset in (begin, (begin + end - size) // 2, end - size):
-                    stream.seek(8 + header_size + offset)
+                    stream.seek(start + offset)
                     samples.update(stream.read(size))
-                yield json.dumps([name, entry["dtype"], entry["shape"], samples.hexdigest()])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error!r}") from error
+            except (OSError, ValueError, TypeError) as error:
+                raise CheckpointError(f"{path} is not a readable safetensors file: {name}: {error!r}") from error
+            yield json.dumps([name, entry["dtype"], entry["shape"], samples.hexdigest()])
 
 
 def _identity(config: RunConfig) -> dict[str, str]:

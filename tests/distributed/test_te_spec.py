@@ -39,9 +39,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def stand_in() -> Iterator[None]:
     """The stand-in counts as installed, and this process as one with a GPU."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "fake_te"))
-    from megatron_hgpt.model import transformer_impl
+    from megatron_hgpt.backbone import implementation
 
-    with mock.patch.object(transformer_impl, "transformer_engine_problem", return_value=None):
+    with mock.patch.object(implementation, "transformer_engine_problem", return_value=None):
         yield
 
 
@@ -121,7 +121,7 @@ def compare_models(backbone: Path, folder: Path) -> None:
         from megatron_hgpt import distributed
         from megatron_hgpt.backbone.names import unfused_name
         from megatron_hgpt.build import build_model, freeze_except
-        from megatron_hgpt.convert.mapping import export_backbone
+        from megatron_hgpt.convert.huggingface import export_backbone
         from megatron_hgpt.hlora import te_linear
         from megatron_hgpt.parameters import group_of
         from megatron_hgpt.testing.models import make_b_nonzero

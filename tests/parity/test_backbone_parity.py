@@ -26,7 +26,7 @@ def megatron_logits(cases: dict[str, str], tp: int, ids: list[list[int]]) -> dic
     from megatron_hgpt.backbone.shape import read_backbone
     from megatron_hgpt.backbone.transformer import transformer_config
     from megatron_hgpt.config import HLoRAPluginConfig
-    from megatron_hgpt.convert.mapping import load_backbone
+    from megatron_hgpt.convert.huggingface import load_backbone
     from megatron_hgpt.hlora.layer_spec import TaskRouting, hlora_block_spec
     from megatron_hgpt.model.language_model import LanguageModel
     from megatron_hgpt.samples import Task
@@ -92,7 +92,7 @@ def test_logits_equal_transformers_and_weights_come_back_bit_exact(folders: dict
     from transformers import AutoModelForCausalLM
 
     from megatron_hgpt.backbone.shape import read_backbone
-    from megatron_hgpt.convert.mapping import export_backbone
+    from megatron_hgpt.convert.huggingface import export_backbone
     from megatron_hgpt.text.vocabulary import Vocabulary
 
     generator = torch.Generator().manual_seed(0)

@@ -205,7 +205,7 @@ def test_summary_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    tool = Path(__file__).parents[2] / "tools" / "make_report.py"
+    tool = Path(__file__).parents[3] / "tools" / "make_report.py"
     run = _run(tmp_path / "s1", "stage2", ("generation",))
     save_results(tmp_path / "ev", vqa=[], images=[], split="train")
     out = tmp_path / "r.html"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
-from megatron_hgpt.convert.mapping import export_backbone, load_backbone
+from megatron_hgpt.convert.huggingface import export_backbone, load_backbone
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.text.vocabulary import Vocabulary
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_hgpt.demo import mini_sources
+from megatron_hgpt.demo import mini_vl_health as mini
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.vl_health import mini, mini_sources
 
 pydicom = pytest.importorskip("pydicom")
 nibabel = pytest.importorskip("nibabel")

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from megatron_hgpt import cpu_platform
+from megatron_hgpt.backbone import implementation
 from megatron_hgpt.backbone.implementation import describe_choice, resolve_transformer_impl, sequence_multiple
 from megatron_hgpt.backbone.names import unfused_name
 from megatron_hgpt.backbone.shape import read_backbone
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model import transformer_impl
 
 
 def resolve(impl: str, precision: str = "bf16") -> str:
@@ -25,8 +25,8 @@ def resolve(impl: str, precision: str = "bf16") -> str:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine is importable and a GPU is there."""
-    monkeypatch.setattr(transformer_impl, "transformer_engine_problem", lambda: None)
-    monkeypatch.setattr(transformer_impl, "fp8_problem", lambda: None)
+    monkeypatch.setattr(implementation, "transformer_engine_problem", lambda: None)
+    monkeypatch.setattr(implementation, "fp8_problem", lambda: None)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU without Transformer Engine."""
     monkeypatch.setattr(cpu_platform, "is_cpu", lambda: False)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    monkeypatch.setattr(transformer_impl.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda _name: None)
 
 
 @pytest.mark.usefixtures("installed")
@@ -70,12 +70,12 @@ def test_what_cannot_be_used_is_refused(impl: str, precision: str, message: str)
 def test_without_a_gpu_nothing_of_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_platform, "is_cpu", lambda: True)
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
-    assert "no CUDA device" in str(transformer_impl.transformer_engine_problem())
+    assert "no CUDA device" in str(implementation.transformer_engine_problem())
     assert resolve("auto") == "local"
 
 
 def test_an_old_gpu_is_refused_in_transformer_engines_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_impl, "transformer_engine_problem", lambda: None)
+    monkeypatch.setattr(implementation, "transformer_engine_problem", lambda: None)
     engine: Any = types.ModuleType("transformer_engine.pytorch")
     engine.is_fp8_available = lambda return_reason: (False, "Device compute capability 8.9 or higher required.")
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
@@ -110,9 +110,9 @@ def test_sequences_are_padded_to_what_the_gemms_take(
 def test_fp8_needs_sides_that_are_multiples_of_16() -> None:
     config = load_config(preset="healthgpt_m3", overrides=[])
     shape = read_backbone(config.model.hf_config)
-    assert list(transformer_impl.fp8_problems(shape, config.model, ParallelConfig())) == []
+    assert list(implementation.fp8_problems(shape, config.model, ParallelConfig())) == []
     too_many = ParallelConfig(tensor_model_parallel_size=shape.ffn_size // 8)
-    problems = list(transformer_impl.fp8_problems(shape, config.model, too_many))
+    problems = list(implementation.fp8_problems(shape, config.model, too_many))
     assert any("needs multiples of 16, but the FFN features on one rank are 8" in problem for problem in problems)
 
 
