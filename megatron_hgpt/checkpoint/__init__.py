@@ -8,7 +8,7 @@ A checkpoint folder ``step_00000100/`` holds
 
 Saved: both adapters, every H-LoRA plugin, embedding and head; AdamW moments and fp32 main weights of what trains, keyed
 by parameter name. The tower and the backbone's layers are frozen in every stage and come from their own folders, which
-healthgpt.json names by a digest of their content (`base`).
+healthgpt.json names by a digest of their content (`frozen_base`).
 A folder is written as ``step_….tmp`` and renamed once complete, so a name without ``.tmp`` is always whole.
 """
 

@@ -1,7 +1,7 @@
 """From raw records to a dataset folder.
 
 The life of a record: parse (`vl_health.llava_json`) → pictures decoded, stripped of all metadata, re-encoded as PNG
-(threads) → target images to VQ indices (one VQGAN batch per window) → tokens and mask (`data.templates`) → mmap files.
+(threads) → target images to VQ indices (one VQGAN batch per window) → tokens and mask (`text.templates`) → mmap files.
 A record that cannot be used is skipped, counted by reason and listed; many in a row stop the work.
 """
 

@@ -2,7 +2,7 @@
 
 Life of a request:
 
-1. `Prompt` → token ids up to the assistant header (`data.templates.encode_prompt`; generation adds `<start_index>`).
+1. `Prompt` → token ids up to the assistant header (`text.templates.encode_prompt`; generation adds `<start_index>`).
 2. Image features are spliced in, as in training; requests of equal length share a batch.
 3. One prefill pass fills the KV cache, then one token per pass.
 4. Text ends at the template's end token. An image is constrained by default: only `<idx_*>` for exactly

@@ -62,7 +62,7 @@ def write_report(
     Args:
         runs: output folders of the stages in their order, each with metrics.jsonl, summary.json and
             resolved_config.yaml.
-        evaluations: name of a split as shown -> folder of `evaluation.run.save_results`; the first is the headline.
+        evaluations: name of a split as shown -> folder of `evaluation.store.save_results`; the first is the headline.
         notes: name -> text shown as facts about the run (command, device, commit …).
 
     Raises:

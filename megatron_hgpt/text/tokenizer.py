@@ -19,7 +19,7 @@ from megatron_hgpt.errors import DataError
 
 
 class TextTokenizer:
-    """Text to ids and back, without `<image>` and without the VQ tokens (those are arithmetic, `model.vocabulary`).
+    """Text to ids and back, without `<image>` and without the VQ tokens (those are arithmetic, `text.vocabulary`).
 
     Attributes:
         bos_id: id that starts every sequence; None where the family uses none (byte-level BPE).

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
 from megatron_hgpt.text.tokenizer import TextTokenizer
+from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +46,8 @@ def sentencepiece(sentencepiece_folder: Path) -> TextTokenizer:
 @pytest.fixture(scope="session")
 def bpe(bpe_folder: Path) -> TextTokenizer:
     return TextTokenizer.load(bpe_folder)
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(text_size=400, num_codes=16, pad_to_multiple=64)

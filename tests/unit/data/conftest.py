@@ -29,23 +29,15 @@ def png() -> Callable[[int], bytes]:
     return make
 
 
-VOCABULARY = Vocabulary(text_size=400, num_codes=16, pad_to_multiple=64)
-
-
 @pytest.fixture(scope="session")
-def vocabulary() -> Vocabulary:
-    return VOCABULARY
-
-
-@pytest.fixture(scope="session")
-def make_dataset(png: Callable[[int], bytes]) -> Callable[..., Path]:
+def make_dataset(png: Callable[[int], bytes], vocabulary: Vocabulary) -> Callable[..., Path]:
     """Write `tasks` as samples: id "c0", "g1" …, tokens 1, image, 10 + i, 20 + i (the last two supervised)."""
 
     def make(folder: Path, tasks: Sequence[Task], *, bad: Sequence[int] = (), **changes: Any) -> Path:
         description: dict[str, Any] = {
             "tokenizer": {"sha256": "abc", "vocab_size": 400},
             "template": {"name": "phi3_instruct", "system_prompt": resolve_system_prompt("phi3_instruct", None)},
-            "vocabulary": describe_vocabulary(VOCABULARY),
+            "vocabulary": describe_vocabulary(vocabulary),
             "vq": {"sha256": None, "num_codes": 16, "num_indices": 4},
         }
         with DatasetWriter(folder) as writer:
