@@ -16,10 +16,9 @@ from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import tiny_config, write_backbone
 from megatron_hgpt.testing.training import build_trainer
 
-# fp32: shards sum in another order (1e-7 a sum), and five Adam steps amplify it where a gradient is near zero. With
-# tensor and pipeline parallelism together every token crosses both kinds of sum: 9e-6 was seen.
-RELATIVE = 1e-5
-RELATIVE_OF = {"TP2 x PP2 + SP": 2e-5, "TP4 + SP": 2e-5}
+# fp32: shards sum in another order (1e-7 a sum), and five Adam steps amplify it where a gradient is near zero, more on
+# one processor than on another. Seen at most: 9e-6 in a loss, 1.2e-5 in a norm. A missing flag gives 1e-3 and more.
+RELATIVE_LOSS, RELATIVE_NORM = 2e-5, 5e-5
 NUM_STEPS = 5
 
 LAYOUTS: dict[str, tuple[Any, ...]] = {
@@ -104,7 +103,8 @@ def test_layout_gives_the_unsharded_losses_and_gradient_norms(
     assert len(unsharded) == len(STAGES) + 1
     for curves in run_ranks(train_stages, world_size, backbones, tmp_path, ParallelConfig(**parallel), *rest):
         for name, expected in unsharded.items():
-            assert curves[name] == pytest.approx(expected, rel=RELATIVE_OF.get(layout, RELATIVE)), name
+            assert curves[name][::2] == pytest.approx(expected[::2], rel=RELATIVE_LOSS), name
+            assert curves[name][1::2] == pytest.approx(expected[1::2], rel=RELATIVE_NORM), name
 
 
 def train_without_flags(backbones: dict[str, Path], folder: Path, parallel: ParallelConfig) -> list[float]:
@@ -131,8 +131,8 @@ def test_a_missing_flag_passes_the_first_loss_and_fails_the_curve(
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     broken = run_ranks(train_without_flags, 2, backbones, tmp_path, parallel)[0]
     expected = unsharded["phi3 stage3_joint"]
-    assert broken[0] == pytest.approx(expected[0], rel=RELATIVE)
-    assert broken != pytest.approx(expected, rel=RELATIVE)
+    assert broken[0] == pytest.approx(expected[0], rel=RELATIVE_LOSS)
+    assert broken[1::2] != pytest.approx(expected[1::2], rel=10 * RELATIVE_NORM)
 
 
 def train_with_a_selector(backbones: dict[str, Path], folder: Path, recompute: str | None) -> list[float]:
@@ -167,6 +167,6 @@ def test_a_task_selector_would_be_stale_under_recomputation(
 ) -> None:
     expected = unsharded["llama stage3_joint"]
     plain = run_ranks(train_with_a_selector, 2, backbones, tmp_path / "a", None)[0]
-    assert plain == pytest.approx(expected, rel=RELATIVE)
+    assert plain == pytest.approx(expected, rel=RELATIVE_NORM)
     stale = run_ranks(train_with_a_selector, 2, backbones, tmp_path / "b", "full")[0]
     assert stale != pytest.approx(expected, rel=1e-3)
