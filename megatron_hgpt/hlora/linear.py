@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -36,48 +36,68 @@ from megatron_hgpt.config import HLoRAPluginConfig
 from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
 from megatron_hgpt.samples import Task
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
 ActivePlugin = tuple[HLoRAPlugin, torch.Tensor | None]
 """A plugin to run, and the tokens (bool [s], this rank's) it works on; None is all."""
 
 
 class HLoRALinearMixin(nn.Module):
-    """Plugins of one linear and the choice among them; see `HLoRATransformerLayer` for who sets `active_task`."""
+    """Plugins of one linear and the choice among them; goes in front of the base class.
+
+    `HLoRATransformerLayer` sets `active_task` and `token_tasks`.
+
+    Args:
+        input_size, output_size: full (unsharded) features; `kwargs` go to the base class.
+        hlora_plugins: plugins by task.
+        hlora_layout: how the branch is cut.
+    """
+
+    splits_input: ClassVar[bool]
+    """Whether tensor parallelism cuts the linear's input (row: P is sharded) or its output (column: B is)."""
 
     hlora: nn.ModuleDict
     active_task: Task | None
     token_tasks: torch.Tensor | None
     sequence_parallel: bool
-    tp_group: Any
-    config: Any
+    tp_group: torch.distributed.ProcessGroup
+    config: TransformerConfig
     weight: nn.Parameter
 
-    def _add_plugins(
+    def __init__(
         self,
-        plugins: Mapping[Task, HLoRAPluginConfig],
-        layout: BranchLayout,
-        *,
         input_size: int,
-        output_divisor: int,
-        replicated: str,
+        output_size: int,
+        *,
+        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
+        hlora_layout: BranchLayout,
+        **kwargs: Any,
     ) -> None:
-        """Create the plugins; `replicated` names the factor that every rank holds whole ("lora_p" or "lora_b")."""
+        super().__init__(input_size, output_size, **kwargs)
         self.active_task, self.token_tasks = None, None
         self.hlora = nn.ModuleDict()
-        for task, config in plugins.items():
+        tp_size = self.tp_group.size()
+        for task, config in hlora_plugins.items():
             plugin = HLoRAPlugin(
                 config,
-                layout,
-                input_size=input_size,
-                output_divisor=output_divisor,
+                hlora_layout,
+                input_size=input_size // tp_size if self.splits_input else input_size,
+                output_divisor=1 if self.splits_input else tp_size,
                 dtype=self.config.params_dtype,
                 device=self.weight.device,
             )
-            for name, parameter in plugin.named_parameters():
-                if name.startswith(replicated):
-                    parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-                else:
-                    set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
+            self._mark_parameters(plugin)
             self.hlora[task.value] = plugin
+
+    def _mark_parameters(self, plugin: HLoRAPlugin) -> None:
+        """Tell Megatron which factor is sharded and which one every rank holds whole."""
+        replicated = "lora_b" if self.splits_input else "lora_p"
+        for name, parameter in plugin.named_parameters():
+            if name.startswith(replicated):
+                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            else:
+                set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
 
     def _active_plugins(self) -> list[ActivePlugin]:
         if self.token_tasks is None:
@@ -88,7 +108,7 @@ class HLoRALinearMixin(nn.Module):
             mine = mine.chunk(self.tp_group.size())[self.tp_group.rank()]
         return [(cast(HLoRAPlugin, self.hlora[task]), mine == task.code) for task in Task if task in self.hlora]
 
-    def _rng_context(self) -> Any:
+    def _rng_context(self) -> contextlib.AbstractContextManager[None]:
         # Under SP every rank drops other tokens; without, all ranks see the same tokens and must agree on the mask.
         return get_cuda_rng_tracker().fork() if self.sequence_parallel else contextlib.nullcontext()
 
@@ -115,31 +135,9 @@ def _split(joined: torch.Tensor, widths: list[int]) -> Sequence[torch.Tensor]:
 
 
 class HLoRAColumnMixin(HLoRALinearMixin):
-    """The branch of a column-parallel linear (QKV, FC1); goes in front of the base class.
+    """The branch of a column-parallel linear (QKV, FC1)."""
 
-    Args:
-        input_size, output_size: full (unsharded) features; `kwargs` go to the base class.
-        hlora_plugins: plugins by task.
-        hlora_layout: how the branch is cut.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
-        hlora_layout: BranchLayout,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
-        self._add_plugins(
-            hlora_plugins,
-            hlora_layout,
-            input_size=input_size,
-            output_divisor=self.tp_group.size(),
-            replicated="lora_p",
-        )
+    splits_input = False
 
     def gathered_u(self, active: Sequence[ActivePlugin], input_: torch.Tensor) -> torch.Tensor:
         """u of all tokens, [s, b, sections, r], from the local ones of the linear's input, [s/T or s, b, in].
@@ -172,25 +170,9 @@ class HLoRAColumnMixin(HLoRALinearMixin):
 
 
 class HLoRARowMixin(HLoRALinearMixin):
-    """The branch of a row-parallel linear (attention projection, FC2); arguments as `HLoRAColumnMixin`."""
+    """The branch of a row-parallel linear (attention projection, FC2)."""
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
-        hlora_layout: BranchLayout,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
-        self._add_plugins(
-            hlora_plugins,
-            hlora_layout,
-            input_size=input_size // self.tp_group.size(),
-            output_divisor=1,
-            replicated="lora_b",
-        )
+    splits_input = True
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in/T] to [s/T or s, b, out]."""
