@@ -27,7 +27,7 @@ def plugins_of(config: RunConfig, dropout: dict[Task, float | None] | None = Non
     """The configured plugins by task, with a stage's dropout in place of the plugin's own where it sets one."""
     plugins = {}
     for task in TASKS:
-        plugin: HLoRAPluginConfig | None = getattr(config.model.hlora, task.value)
+        plugin = config.model.hlora.of(task)
         if plugin is None:
             continue
         override = (dropout or {}).get(task)

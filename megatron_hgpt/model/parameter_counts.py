@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
+from megatron_hgpt.parameters import ADAPTER_GROUPS
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 
@@ -51,9 +52,9 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
         "head": vocabulary.padded_size * hidden,
         "tower": _count_tower(vision) if vision else 0,
     }
-    plugins = {"comprehension": model.hlora.comprehension, "generation": model.hlora.generation}
-    for adapter_name, (name, plugin) in zip(("abstract_adapter", "concrete_adapter"), plugins.items(), strict=True):
+    for adapter_group, task in ADAPTER_GROUPS.items():
+        plugin = model.hlora.of(task)
         if plugin is not None:
-            counts[adapter_name] = adapter
-            counts[f"hlora_{name}"] = count_hlora(shape, plugin)
+            counts[adapter_group] = adapter
+            counts[f"hlora_{task.value}"] = count_hlora(shape, plugin)
     return counts

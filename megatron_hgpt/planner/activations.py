@@ -131,7 +131,7 @@ class ActivationModel:
         """z and the dropout mask of the gate, u where B is trained, B joined over the parts of a fused linear."""
         from megatron_hgpt.hlora.layer_spec import linear_layouts
 
-        plugin = getattr(self.request.config.model.hlora, self.task.value)
+        plugin = self.request.config.model.hlora.of(self.task)
         if plugin is None:
             return 0
         override = self.request.stage.dropout.get(self.task)

@@ -93,7 +93,7 @@ def _compute_seconds(sizes: ActivationModel, model: RankModel, counts: dict[str,
     shape, tokens = request.shape, sizes.num_tokens
     again = 2 if request.recompute == "full" else 0
     base = (4 + again) * model.count("base_linears") * tokens
-    plugin = getattr(request.config.model.hlora, sizes.task.value)
+    plugin = request.config.model.hlora.of(sizes.task)
     layers = layout.layers_per_stage[model.pipeline_rank]
     bf16 = 0.0
     if plugin is not None:
