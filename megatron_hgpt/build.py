@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -146,7 +145,7 @@ def freeze_except(models: Sequence[HealthGPT], trainable: Sequence[str]) -> list
 
 def _on_any_stage(groups: set[str]) -> set[str]:
     """The union of `groups` over the pipeline stages."""
-    found: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    found: list[set[str]] = [set()] * parallel_state.get_pipeline_model_parallel_world_size()  # each to be replaced
     torch.distributed.all_gather_object(found, groups, group=parallel_state.get_pipeline_model_parallel_group())
     return set().union(*found)
 

@@ -28,11 +28,14 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_hgpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 logger = logging.getLogger(__name__)
 
@@ -134,17 +137,17 @@ def check_transformer_engine() -> None:
 class _NoStream:
     """Stands for a CUDA stream or event on the CPU, where everything is synchronous."""
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
         pass
 
-    def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
+    def _nothing(self, *_args: object, **_kwargs: object) -> None:
         return None
 
     synchronize = wait_stream = wait_event = record_event = wait = record = _nothing
 
 
 @contextlib.contextmanager
-def _no_stream_context(_stream: Any) -> Iterator[None]:
+def _no_stream_context(_stream: object) -> Iterator[None]:
     yield
 
 
@@ -152,16 +155,16 @@ def _cpu_manual_seed(seed: int) -> None:
     torch.random.default_generator.manual_seed(int(seed))
 
 
-def _cpu_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+def _cpu_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_cpu_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+def _set_cpu_rng_state(state: torch.Tensor, *_args: object, **_kwargs: object) -> None:
     torch.set_rng_state(state)
 
 
 def _replace_torch_cuda_functions() -> None:
-    replacements: dict[str, Callable[..., Any]] = {
+    replacements: dict[str, Callable[..., object]] = {
         "current_device": lambda: torch.device("cpu"),
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
@@ -192,7 +195,7 @@ def _replace_rng_functions() -> None:
 
 
 @contextlib.contextmanager
-def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+def _fork(tracker: CudaRNGStatesTracker, name: str = "model-parallel-rng") -> Iterator[None]:
     """`CudaRNGStatesTracker.fork` on the CPU generator, without the warning that this generator moved."""
     if name not in tracker.states_:
         raise KeyError(f"random state {name!r} was never added to the tracker; has {sorted(tracker.states_)}")
@@ -237,7 +240,7 @@ def _cpu_code(code: types.CodeType) -> types.CodeType:
     return code.replace(co_consts=tuple(_cpu_constant(constant) for constant in code.co_consts))
 
 
-def _cpu_constant(constant: Any) -> Any:
+def _cpu_constant(constant: object) -> object:
     if isinstance(constant, str):
         return _CPU_SPELLING.get(constant, constant)
     if isinstance(constant, tuple | frozenset):

@@ -82,7 +82,7 @@ class BackboneShape:
     """Tokens a position attends to, itself included; None attends to all before it."""
 
 
-def _refuse(field: str, value: Any, supported: str) -> ConfigError:
+def _refuse(field: str, value: object, supported: str) -> ConfigError:
     return ConfigError(f"model.hf_config.{field}={value!r} is not supported; supported: {supported}")
 
 

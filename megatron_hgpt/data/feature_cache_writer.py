@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_hgpt.config import VisionConfig
@@ -27,14 +28,14 @@ from megatron_hgpt.data.feature_cache import (
 )
 from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader, sha256_of
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
-from megatron_hgpt.files import replace_folder
+from megatron_hgpt.files import Json, replace_folder
 from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import HVPTower
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
 
 logger = logging.getLogger(__name__)
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
+Rows = NDArray[np.int64]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,7 +130,7 @@ class _Writer:
 
 def cache_features(
     dataset: Path, output: Path, *, tower: HVPTower, vision: VisionConfig, options: CacheOptions
-) -> dict[str, Any]:
+) -> Json:
     """Write the cache `output` of the dataset folder `dataset`; a complete one that fits is left as it is.
 
     Args:
@@ -171,7 +172,7 @@ def cache_features(
     return manifest
 
 
-def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheOptions) -> dict[str, Any]:
+def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheOptions) -> Json:
     """Features and rows of both tasks; what the manifest says of them."""
     reasons: list[str] = []
     writer = _Writer(reader, tower, options, reasons)
@@ -193,7 +194,7 @@ def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheO
     }
 
 
-def _existing(output: Path, description: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _existing(output: Path, description: Json, overwrite: bool) -> Json | None:
     """The manifest of a cache that fits; None where it may be replaced.
 
     Raises:

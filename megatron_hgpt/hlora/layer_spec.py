@@ -76,7 +76,7 @@ class TaskRouting(PackedSeqParams):
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """RMSNorm that may run on sequence-sharded tokens; its weight says so to Megatron's gradient finalisation."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ input. In FP8 a column linear keeps the norm's output twice for the backward pas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.extensions.transformer_engine import (
@@ -29,6 +29,9 @@ from megatron.core.extensions.transformer_engine import (
 
 from megatron_hgpt.hlora.linear import HLoRAColumnMixin, HLoRALinearMixin, HLoRARowMixin
 
+if TYPE_CHECKING:
+    from megatron.core.quantization.quant_config import QuantizationConfig
+
 _FP8_WHILE_TRAINING = TEQuantizationParams(
     training_recipe=TEQuantizationRecipe(override_quantized_autocast=False),
     # No recipe: bf16, whatever the surrounding autocast says.
@@ -39,9 +42,9 @@ _FP8_WHILE_TRAINING = TEQuantizationParams(
 class _BF16EvaluationMixin(HLoRALinearMixin):
     """FP8 in training only: decoding feeds one token per sample, and FP8 GEMMs need a multiple of eight."""
 
-    te_quant_params: Any
+    te_quant_params: TEQuantizationParams | None
 
-    def finish_init(self, quantization_config: Any) -> None:
+    def finish_init(self, quantization_config: QuantizationConfig | None) -> None:
         """GPTModel calls it on every linear; a quantisation of this layer that a user configures stands."""
         super().finish_init(quantization_config)  # type: ignore[misc]  # the Transformer Engine class has it
         if quantization_config is None:

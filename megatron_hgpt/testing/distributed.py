@@ -7,9 +7,13 @@ import queue
 import socket
 import traceback
 from collections.abc import Callable
-from typing import Any
+from multiprocessing.context import ForkServerContext, SpawnContext
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
 
 
 def free_port() -> int:
@@ -19,7 +23,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _context(fresh: bool) -> Any:
+def _context(fresh: bool) -> SpawnContext | ForkServerContext:
     """How ranks start: forked from a server that has the imports done; spawned where that is asked for, or unsafe."""
     if fresh or torch.cuda.is_available():  # CUDA does not survive a fork
         return torch.multiprocessing.get_context("spawn")
@@ -32,7 +36,7 @@ def _entry(
     rank: int,
     world_size: int,
     port: int,
-    results: Any,
+    results: Queue[tuple[int, bool, Any]],
     environment: dict[str, str],
     function: Callable[..., Any],
     args: tuple,
