@@ -15,6 +15,10 @@ The sequence-parallel norm, which megatron.core's local spec refuses, is not pat
 
 It also keeps a package that is called ``apex`` but is not NVIDIA's out of Megatron's sight, and reports a Transformer
 Engine that is installed only in part, on every machine.
+
+The import-order rule: `install_if_needed` comes before the first import of megatron.core, whose modules look for CUDA,
+Apex and Transformer Engine while they are imported. So whatever starts work calls it (or `distributed.initialize`,
+which does) and imports megatron.core, and every module built on it, inside functions and after that call.
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ def is_cpu() -> bool:
 
 
 def install_if_needed() -> bool:
-    """Prepare the process for megatron.core; call before the first ``import megatron.core``.
+    """Prepare the process for megatron.core, by the import-order rule of this module; further calls cost nothing.
 
     Returns:
         True when the CPU replacements are active (no CUDA device), False on a GPU machine.

@@ -365,6 +365,34 @@ def broken_promises(texts: dict[str, str]) -> list[str]:
     return found
 
 
+PLATFORM_CALLS = ("cpu_platform.install_if_needed", "distributed.initialize")
+
+
+def imports_at_the_top(text: str) -> set[str]:
+    """What a module imports while it is imported itself."""
+    tree = without_type_checking(ast.parse(text))
+
+    class WithoutFunctions(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+    return {name for _, name in imported(WithoutFunctions().visit(tree))}
+
+
+def megatron_before_the_platform(texts: dict[str, str]) -> list[str]:
+    """The import-order rule of cpu_platform: who prepares the platform must not have imported megatron.core by then."""
+    direct = {module: imports_at_the_top(text) for module, text in texts.items()}
+    loaded = {module for module, names in direct.items() if any(name.startswith("megatron.") for name in names)}
+    while more := {module for module, names in direct.items() if names & loaded} - loaded:
+        loaded |= more
+    return [
+        module
+        for module in sorted(loaded)
+        for function in ast.walk(ast.parse(texts[module]))
+        if isinstance(function, ast.FunctionDef) and any(True for name in PLATFORM_CALLS for _ in calls(function, name))
+    ]
+
+
 def reaches_testing(texts: dict[str, str]) -> list[str]:
     """What is shipped works without what only the tests need."""
     return [
@@ -386,6 +414,9 @@ ARCHITECTURE: dict[Callable[[dict[str, str]], list[str]], dict[str, str]] = {
         "megatron_hgpt.vision.x": "from megatron_hgpt.text import x",
     },
     broken_promises: {"megatron_hgpt.vision.x": "from megatron.core import parallel_state"},
+    megatron_before_the_platform: {
+        "megatron_hgpt.x": "from megatron_hgpt import build\n\ndef f():\n    distributed.initialize(p, 1)"
+    },
     reaches_testing: {"tools.x": "from megatron_hgpt.testing.models import f"},
 }
 """Rule -> modules that break it."""
@@ -418,3 +449,39 @@ def test_the_readme_s_map_is_the_tree_and_the_floors() -> None:
     modules = {path.stem for path in (ROOT / "megatron_hgpt").glob("*.py")} - {"__init__", "__main__"}
     assert sorted(readme_map()) == sorted(packages | modules)
     assert [name.rstrip("/") for name in readme_map()] == [name for floor in FLOORS for name in floor]
+
+
+NOT_CALLED_BY_NAME = {
+    "_postprocess": "megatron.core's GPTModel calls it",
+    "export_backbone": "the way back of load_backbone: tests compare bit by bit",
+    "hlora_delta": "the formula that every fast path is tested against",
+    "merge": "plain LoRA (one expert) into the weight, for users; refuses more experts",
+    "HLoRATEColumnParallelLinear": "Transformer Engine's column without a norm: what the fused one is compared with",
+    "write_tiny_qwen2": "a family that the demonstration itself does not use",
+}
+"""Defined in the package and named nowhere else in what is shipped, with the reason."""
+
+
+def unused(texts: dict[str, str]) -> set[str]:
+    """Functions and classes of the package (without testing/) that nothing shipped names but their own definition."""
+    defined, named = set(), set()
+    for module, text in texts.items():
+        is_product = module.startswith("megatron_hgpt.") and unit(module) != "testing"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                if is_product and not node.name.endswith("__"):
+                    defined.add(node.name)
+            elif isinstance(node, ast.Name):
+                named.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                named.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named.update(re.findall(r"\w+$", node.value))  # an entry point, a name in a lazy table
+    return defined - named
+
+
+def test_everything_in_the_package_is_used() -> None:
+    shipped = [*(ROOT / "tools").glob("*.py"), *(ROOT / "examples").rglob("*.py"), ROOT / "setup.py"]
+    texts = sources() | {module_name(path): path.read_text(encoding="utf-8") for path in shipped}
+    assert "called_by_nobody" in unused(texts | {"megatron_hgpt.text.x": "def called_by_nobody(): pass"})
+    assert not unused(texts) - NOT_CALLED_BY_NAME.keys()
