@@ -100,7 +100,7 @@ def bare_model_chunks(
 
 
 def _fill(model: HealthGPT, config: RunConfig) -> None:
-    """Draw what is new, load what has a folder."""
+    """Draw the weights of what is new and load the backbone where the configuration names its folder."""
     initialize_by_name(model, seed=config.training.seed, include_backbone=config.model.backbone is None)
     if config.model.backbone is not None:
         load_backbone(

@@ -1,6 +1,6 @@
 """Core attention through torch's scaled_dot_product_attention: what the local spec uses without Transformer Engine.
 
-Against megatron.core's DotProductAttention it never writes the [b, heads, s, s] scores to memory.
+Unlike megatron.core's DotProductAttention it never writes the [b, heads, s, s] scores to memory.
 """
 
 from __future__ import annotations

@@ -37,14 +37,14 @@ FIRST_SKIP = -2
 DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "fp32": (torch.float32, np.float32),
     "fp16": (torch.float16, np.float16),
-    "bf16": (torch.bfloat16, np.int16),  # NumPy has no bfloat16: the bits
+    "bf16": (torch.bfloat16, np.int16),  # NumPy has no bfloat16: its 16 bits are stored
 }
 """Name -> type of the features, and what NumPy stores them as."""
 _TOOL = "tools/cache_features.py --overwrite writes it again"
 
 
 def describe_tower(vision: VisionConfig) -> Json:
-    """What a cache must have been made with, besides its dataset.
+    """What a cache must have been made with, apart from its dataset.
 
     Raises:
         ConfigError: a size is not in `model.vision.hf_config`, or a depth is outside the tower.

@@ -47,7 +47,7 @@ class CacheOptions:
     dtype: str
     """A key of `DTYPES`: how the features are stored."""
     both_depths: bool = False
-    """Every image at both depths, not only its sample's."""
+    """Cache every image at both depths, not only at the one that its sample's task reads."""
     batch_size: int = 32
     """Pictures per pass of the tower."""
     num_workers: int = 2
@@ -64,7 +64,7 @@ class _Writer:
         self._at = next(tower.parameters())
 
     def write(self, task: Task, stream: BinaryIO) -> tuple[Rows, int]:
-        """Append the features of the task's distinct pictures; the row of each image, and the number of pictures."""
+        """Append the features of the task's distinct pictures; returns each image's row and the number of pictures."""
         distinct, pictures = self._distinct(task)
         rows = np.empty(len(pictures) + 1, np.int64)
         rows[-1] = NOT_CACHED  # what `distinct` has for images of another task
@@ -137,7 +137,7 @@ def cache_features(
         dataset, output: the dataset, and the folder that appears when everything is written.
         tower: of the configuration `vision`, on its device and in `options.precision`.
         vision: the model's.
-        options: see there.
+        options: how features are computed and stored.
 
     Returns:
         The manifest.
@@ -173,7 +173,7 @@ def cache_features(
 
 
 def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheOptions) -> Json:
-    """Features and rows of both tasks; what the manifest says of them."""
+    """Write features and rows of both tasks; returns the manifest's entries about them."""
     reasons: list[str] = []
     writer = _Writer(reader, tower, options, reasons)
     pictures, images = {}, 0

@@ -315,5 +315,5 @@ class DatasetReader:
         if data is None:
             return []
         first, end = data.document_indices[index], data.document_indices[index + 1]
-        # Copies: Megatron's reader unmaps its file when it is collected, whatever views are still about.
+        # Copies, because Megatron's reader unmaps its file when it is collected, even if views of it still exist.
         return [data[int(i)].copy() for i in range(first, end)]

@@ -91,7 +91,7 @@ class HLoRATransformerLayer(TransformerLayer):
     def forward(
         self, *args: Any, packed_seq_params: TaskRouting | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `TransformerLayer.forward`; `packed_seq_params` brings the tasks, and goes further only with packing."""
+        """As `TransformerLayer.forward`. `packed_seq_params` brings the tasks; Megatron sees it only with packing."""
         routing = TaskRouting() if packed_seq_params is None else packed_seq_params
         for linear in self._hlora_linears:
             linear.active_task, linear.token_tasks = routing.task, routing.token_tasks

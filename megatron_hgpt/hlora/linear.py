@@ -4,9 +4,10 @@ They subclass the base linears, so that base weights keep Megatron's names. The 
 linears here and Transformer Engine's (`te_linear`) share. Activations are [s, b, h]; T is the
 tensor-parallel size; sequence parallelism (SP) shards s over T.
 
-Column (QKV, FC1)   P replicated, runs on the local tokens of the norm output; only u is gathered: [s, b, r] and never
-                    [s, b, h]. Its backward is a reduce-scatter (SP) or an all-reduce.
-Row (proj, FC2)     P sharded on its input, z is a partial sum, reduced BEFORE the gate; B replicated on local tokens.
+Column (QKV, FC1)   Every rank holds P whole and applies it to its own tokens of the norm's output. Only u, [s, b, r],
+                    is gathered, never [s, b, h]; backward that is a reduce-scatter (SP) or an all-reduce.
+Row (proj, FC2)     P is cut along its input, so z is a partial sum, which is reduced BEFORE the gate. Every rank holds
+                    B whole and applies it to its own tokens.
 
 Under SP the gradients of replicated factors (P of column, B of row) are sums over local tokens only: their
 ``sequence_parallel`` flag makes Megatron's finalize_model_grads add them up over T.
@@ -109,7 +110,8 @@ class HLoRALinearMixin(nn.Module):
         return [(cast(HLoRAPlugin, self.hlora[task]), mine == task.code) for task in Task if task in self.hlora]
 
     def _rng_context(self) -> contextlib.AbstractContextManager[None]:
-        # Under SP every rank drops other tokens; without, all ranks see the same tokens and must agree on the mask.
+        # Under SP the ranks hold different tokens, and each draws its own mask. Without it all ranks hold the same
+        # tokens and must draw the same mask.
         return get_cuda_rng_tracker().fork() if self.sequence_parallel else contextlib.nullcontext()
 
     def _sharded_state_dict(self, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:

@@ -1,11 +1,12 @@
 """H-LoRA on Transformer Engine's parallel linears: the branch of `linear` beside a base that may run in FP8.
 
-Imported only where Transformer Engine is used: without it megatron.core puts mocks in place of its classes.
+This module is imported only where Transformer Engine is used: without it megatron.core puts mocks in place of its
+classes.
 
     column      Transformer Engine normalises, (gathers under SP,) and multiplies. It also returns the norm's output:
                 local tokens, not quantised, never gathered and never written into. From it comes u, the only tensor
                 of the branch that is gathered: [s, b, r].
-    row         as the local one: z is reduced before the gate.
+    row         As in the local linear, z is reduced before the gate.
 
 The branch is plain torch in the parameters' type. Transformer Engine's FP8 autocast reaches its own modules only, so
 P, gate and B compute in bf16 inside it too.
@@ -45,7 +46,7 @@ class _BF16EvaluationMixin(HLoRALinearMixin):
     te_quant_params: TEQuantizationParams | None
 
     def finish_init(self, quantization_config: QuantizationConfig | None) -> None:
-        """GPTModel calls it on every linear; a quantisation of this layer that a user configures stands."""
+        """GPTModel calls this on every linear. A quantisation that the user configured for this layer is kept."""
         super().finish_init(quantization_config)  # type: ignore[misc]  # the Transformer Engine class has it
         if quantization_config is None:
             self.te_quant_params = _FP8_WHILE_TRAINING

@@ -65,7 +65,7 @@ class HealthGPT(MegatronModule):
     ) -> None:
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False  # Megatron's pipeline schedules ask
+        self.share_embeddings_and_output_weights = False  # Megatron's pipeline schedules read it
         self.shape = shape
         self.plugins = plugins
         self.vocabulary = Vocabulary.from_config(config.model)

@@ -1,6 +1,6 @@
 """Which layouts of a cluster are legal for a model, and why the others are not.
 
-The trainer's own `validation.validate` decides; here are only the limits that come from the cluster.
+The trainer's own `validation.validate` decides; this module adds only the limits that come from the cluster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_hgpt.rounding import round_up
 from megatron_hgpt.validation import validate
 
 _MIN_TOKENS_PER_CONTEXT_RANK = 1024
-"""Below it attention has too little work to hide the exchange of keys; only an explicit --context goes lower."""
+"""Below it attention has too little work to hide the exchange of keys; only a size that is asked for goes lower."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Short and unique."""
+        """A short name that tells it from all others, e.g. for a chart."""
         interleaved = f" VP{self.virtual}" if self.virtual > 1 else ""
         return f"TP{self.tensor} PP{self.pipeline}{interleaved} CP{self.context} DP{self.data}"
 

@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def _context(fresh: bool) -> SpawnContext | ForkServerContext:
-    """How ranks start: forked from a server that has the imports done; spawned where that is asked for, or unsafe."""
+    """How ranks start: forked from a server that has the imports done; spawned where a fork is unsafe or unwanted."""
     if fresh or torch.cuda.is_available():  # CUDA does not survive a fork
         return torch.multiprocessing.get_context("spawn")
     context = torch.multiprocessing.get_context("forkserver")
@@ -41,7 +41,7 @@ def _entry(
     function: Callable[..., Any],
     args: tuple,
 ) -> None:
-    os.environ.clear()  # the server has that of its own start
+    os.environ.clear()  # a forked process begins with the environment of the server's start
     os.environ.update(
         environment,
         RANK=str(rank),
@@ -58,7 +58,7 @@ def _entry(
     finally:
         from megatron_hgpt import distributed
 
-        # A rank that failed leaves its peers inside a collective: no barrier, no graceful goodbye.
+        # A rank that failed leaves its peers waiting inside a collective, so nobody may wait for them here.
         distributed.shutdown()
 
 

@@ -80,7 +80,7 @@ def tiny_config(backbone: Path, output_dir: Path, **sections: Any) -> RunConfig:
 
 
 def make_micro_batch(name: str, task: Task, *, num_samples: int = 2, length: int = 24) -> MicroBatch:
-    """A random but reproducible micro-batch with one image per sample and uneven supervision."""
+    """A random but reproducible micro-batch: one image per sample, another number of supervised tokens in each."""
     generator = generator_for(f"{name}/{task.value}", 11)
     tokens = torch.randint(0, TEXT_SIZE, (num_samples, length), generator=generator)
     image_mask = torch.zeros(num_samples, length, dtype=torch.bool)

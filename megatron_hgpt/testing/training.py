@@ -30,8 +30,8 @@ def build_trainer(
         config: the run; its `training.num_steps` must be set.
         context: of the process group that is already initialised.
         total_steps: other than `training.num_steps`.
-        packing: as `FixedLoader`.
-        loader_class: a loader with a will of its own.
+        packing: as `FixedLoader` takes it.
+        loader_class: another loader than the default one.
         num_micro_batches: per step, over all data-parallel ranks.
         hooks: of the trainer.
     """
