@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class VLDataset:
         if num_indices is not None and manifest.get("vq"):
             self._check("VQ indices per image", manifest["vq"].get("num_indices"), num_indices)
 
-    def _check(self, what: str, found: object, wanted: object) -> None:
+    def _check(self, what: str, found: Any, wanted: Any) -> None:
         if found != wanted:
             raise DataError(
                 f"{self.folder}: {what} of the dataset is {found!r}, the model's is {wanted!r}; write the dataset "

@@ -17,7 +17,7 @@ from megatron_hgpt.rounding import round_up
 from megatron_hgpt.validation import validate
 
 _MIN_TOKENS_PER_CONTEXT_RANK = 1024
-"""Below it attention has too little work to hide the exchange of keys; only a size that is asked for goes lower."""
+"""Below it attention has too little work to hide the exchange of keys; only an explicit --context goes lower."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -32,15 +32,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("forward_step", "optim"),
     ("build", "data"),
-    ("vl_health",),
+    ("vl_health", "model_folders"),
     ("model", "convert"),
     ("hlora", "vision"),
     ("backbone",),
     ("text",),
     ("batching", "distributed"),
     ("stages",),
-    ("parameters", "config_io"),
-    ("files", "config", "cpu_platform"),
+    ("parameters", "config_io", "config_reference"),
+    ("files", "config", "cpu_platform", "environment"),
     ("samples", "errors", "rounding"),
 )
 """The packages and modules of megatron_hgpt, top floor first, in the order of README's map.
