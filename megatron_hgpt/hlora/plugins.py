@@ -13,6 +13,7 @@ tensor-parallel size; `assemble` puts the parts' outputs into the base linear's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,12 @@ class HLoRAPlugin(nn.Module):
         """z = x P^T: [..., sections, r + k]; a partial sum where x is sharded on features."""
         return F.linear(x, self.lora_p).unflatten(-1, (self.layout.num_sections, -1))
 
-    def gate(self, z: torch.Tensor, rng_context: Callable, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def gate(
+        self,
+        z: torch.Tensor,
+        rng_context: Callable[[], AbstractContextManager[None]],
+        token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """u [s, b, sections, r] from complete (reduced) z.
 
         Args:
