@@ -38,7 +38,11 @@ from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
 from megatron_hgpt.samples import Task
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+Offsets = tuple[tuple[int, int, int], ...]
+"""Of megatron.core's sharded tensors: (axis, this shard's place on it, shards on it)."""
 
 ActivePlugin = tuple[HLoRAPlugin, torch.Tensor | None]
 """A plugin to run, and the tokens (bool [s], this rank's) it works on; None is all."""
@@ -114,7 +118,9 @@ class HLoRALinearMixin(nn.Module):
         # tokens and must draw the same mask.
         return get_cuda_rng_tracker().fork() if self.sequence_parallel else contextlib.nullcontext()
 
-    def _sharded_state_dict(self, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:
+    def _sharded_state_dict(
+        self, axes: dict[str, int], prefix: str, offsets: Offsets, metadata: dict[str, Any] | None
+    ) -> ShardedStateDict:
         for name, parameter in self.hlora.named_parameters():
             if getattr(parameter, "tensor_model_parallel", False):
                 axes[f"hlora.{name}"] = parameter.partition_dim  # type: ignore[attr-defined]
@@ -166,7 +172,9 @@ class HLoRAColumnMixin(HLoRALinearMixin):
         output, bias = super().forward(input_, *args, **kwargs)
         return self.add_branches(output, active, u), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Base weight and bias sharded on axis 0, P replicated, B on axis 0."""
         return self._sharded_state_dict({"weight": 0, "bias": 0}, prefix, sharded_offsets, metadata)
 
@@ -196,7 +204,9 @@ class HLoRARowMixin(HLoRALinearMixin):
             output = output + delta
         return output, bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Base weight sharded on axis 1, P on axis 1, B replicated."""
         return self._sharded_state_dict({"weight": 1}, prefix, sharded_offsets, metadata)
 

@@ -49,7 +49,9 @@ class Plan:
     """Reason -> candidates that it refuses."""
 
 
-def _traffic(request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]) -> dict:
+def _traffic(
+    request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]
+) -> dict[str, float]:
     count, totals = layout.num_micro_batches(request), {}
     weights = task_weights(request)
     sizes = {task: ActivationModel(request=request, layout=layout, task=task) for task in weights}

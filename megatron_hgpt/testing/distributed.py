@@ -39,7 +39,7 @@ def _entry(
     results: Queue[tuple[int, bool, Any]],
     environment: dict[str, str],
     function: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.clear()  # a forked process begins with the environment of the server's start
     os.environ.update(
