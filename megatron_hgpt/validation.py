@@ -107,7 +107,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
         if value is not None and not (math.isfinite(value) and value > 0):
             yield f"training.{name}={value} must be positive"
     for task in TASKS:
-        plugin = model.hlora.of(task)
+        plugin: HLoRAPluginConfig | None = getattr(model.hlora, task.value)
         if plugin is None and task in stage.tasks:
             yield f"training.stage={training.stage} trains {task.value}, but model.hlora.{task.value} is null"
         if plugin is not None:

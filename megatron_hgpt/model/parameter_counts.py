@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
 from megatron_hgpt.parameters import ADAPTER_GROUPS
@@ -34,7 +32,7 @@ def _count_backbone(shape: BackboneShape) -> int:
     return shape.num_layers * (attention + 3 * hidden * shape.ffn_size + 2 * hidden) + hidden
 
 
-def _count_tower(config: Mapping[str, int]) -> int:
+def _count_tower(config: dict[str, int]) -> int:
     hidden, ffn, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     patch = config["patch_size"]
     embeddings = hidden + 3 * patch * patch * hidden + ((config["image_size"] // patch) ** 2 + 1) * hidden
