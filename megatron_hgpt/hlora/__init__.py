@@ -4,8 +4,10 @@ For one linear, one plugin and one token x, of shape [in]::
 
     z = P x                   P = [A ; R]: r rows of A, then one row of R per expert
     g = softmax(z[r:])        the gate: how much each of the k experts counts for this token
-    u = scale * z[:r] * g     expert e owns r / k consecutive rows of A, all multiplied by g[e]
+    u = scale * z[:r] * g     expert e owns r / k consecutive rows of A, all multiplied by g[e]; scale = alpha / r * k
     y = W x + B u             W is frozen; B starts at zero, so training starts from the base model
+
+While training, dropout acts on u.
 
 The files, from the formula outwards::
 

@@ -1,4 +1,4 @@
 """VL-Health's records as conversations of text and pictures: one reader per file format.
 
-Must not import: torch, megatron, vision, data.
+Must not import: megatron, model, data, demo.
 """
