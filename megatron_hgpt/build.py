@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -27,7 +26,7 @@ def plugins_of(config: RunConfig, dropout: dict[Task, float | None] | None = Non
     """The configured plugins by task, with a stage's dropout in place of the plugin's own where it sets one."""
     plugins = {}
     for task in TASKS:
-        plugin: HLoRAPluginConfig | None = getattr(config.model.hlora, task.value)
+        plugin = config.model.hlora.of(task)
         if plugin is None:
             continue
         override = (dropout or {}).get(task)
@@ -101,7 +100,7 @@ def bare_model_chunks(
 
 
 def _fill(model: HealthGPT, config: RunConfig) -> None:
-    """Draw what is new, load what has a folder."""
+    """Draw the weights of what is new and load the backbone where the configuration names its folder."""
     initialize_by_name(model, seed=config.training.seed, include_backbone=config.model.backbone is None)
     if config.model.backbone is not None:
         load_backbone(
@@ -146,7 +145,7 @@ def freeze_except(models: Sequence[HealthGPT], trainable: Sequence[str]) -> list
 
 def _on_any_stage(groups: set[str]) -> set[str]:
     """The union of `groups` over the pipeline stages."""
-    found: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    found: list[set[str]] = [set()] * parallel_state.get_pipeline_model_parallel_world_size()  # each to be replaced
     torch.distributed.all_gather_object(found, groups, group=parallel_state.get_pipeline_model_parallel_group())
     return set().union(*found)
 

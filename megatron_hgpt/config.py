@@ -6,7 +6,10 @@ Numbers carry their unit in the name or in the docstring. Nothing here starts a 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_hgpt.samples import Task
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +32,10 @@ class HLoRAConfig:
 
     comprehension: HLoRAPluginConfig | None = field(default_factory=HLoRAPluginConfig)
     generation: HLoRAPluginConfig | None = field(default_factory=lambda: HLoRAPluginConfig(lora_rank=256, alpha=512.0))
+
+    def of(self, task: Task) -> HLoRAPluginConfig | None:
+        """The plugin of a task."""
+        return self.comprehension if task == "comprehension" else self.generation
 
 
 @dataclass(kw_only=True, slots=True)

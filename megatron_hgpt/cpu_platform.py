@@ -15,6 +15,10 @@ The sequence-parallel norm, which megatron.core's local spec refuses, is not pat
 
 It also keeps a package that is called ``apex`` but is not NVIDIA's out of Megatron's sight, and reports a Transformer
 Engine that is installed only in part, on every machine.
+
+The import-order rule: `install_if_needed` comes before the first import of megatron.core, whose modules look for CUDA,
+Apex and Transformer Engine while they are imported. So whatever starts work calls it (or `distributed.initialize`,
+which does) and imports megatron.core, and every module built on it, inside functions and after that call.
 """
 
 from __future__ import annotations
@@ -28,11 +32,14 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_hgpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +71,7 @@ def is_cpu() -> bool:
 
 
 def install_if_needed() -> bool:
-    """Prepare the process for megatron.core; call before the first ``import megatron.core``.
+    """Prepare the process for megatron.core, by the import-order rule of this module; further calls cost nothing.
 
     Returns:
         True when the CPU replacements are active (no CUDA device), False on a GPU machine.
@@ -134,17 +141,17 @@ def check_transformer_engine() -> None:
 class _NoStream:
     """Stands for a CUDA stream or event on the CPU, where everything is synchronous."""
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
         pass
 
-    def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
+    def _nothing(self, *_args: object, **_kwargs: object) -> None:
         return None
 
     synchronize = wait_stream = wait_event = record_event = wait = record = _nothing
 
 
 @contextlib.contextmanager
-def _no_stream_context(_stream: Any) -> Iterator[None]:
+def _no_stream_context(_stream: object) -> Iterator[None]:
     yield
 
 
@@ -152,16 +159,16 @@ def _cpu_manual_seed(seed: int) -> None:
     torch.random.default_generator.manual_seed(int(seed))
 
 
-def _cpu_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+def _cpu_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_cpu_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+def _set_cpu_rng_state(state: torch.Tensor, *_args: object, **_kwargs: object) -> None:
     torch.set_rng_state(state)
 
 
 def _replace_torch_cuda_functions() -> None:
-    replacements: dict[str, Callable[..., Any]] = {
+    replacements: dict[str, Callable[..., object]] = {
         "current_device": lambda: torch.device("cpu"),
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
@@ -192,7 +199,7 @@ def _replace_rng_functions() -> None:
 
 
 @contextlib.contextmanager
-def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+def _fork(tracker: CudaRNGStatesTracker, name: str = "model-parallel-rng") -> Iterator[None]:
     """`CudaRNGStatesTracker.fork` on the CPU generator, without the warning that this generator moved."""
     if name not in tracker.states_:
         raise KeyError(f"random state {name!r} was never added to the tracker; has {sorted(tracker.states_)}")
@@ -237,7 +244,7 @@ def _cpu_code(code: types.CodeType) -> types.CodeType:
     return code.replace(co_consts=tuple(_cpu_constant(constant) for constant in code.co_consts))
 
 
-def _cpu_constant(constant: Any) -> Any:
+def _cpu_constant(constant: object) -> object:
     if isinstance(constant, str):
         return _CPU_SPELLING.get(constant, constant)
     if isinstance(constant, tuple | frozenset):

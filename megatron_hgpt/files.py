@@ -12,6 +12,9 @@ from typing import Any
 
 from megatron_hgpt.errors import DataError, HealthGPTError
 
+Json = dict[str, Any]
+"""An object of a JSON file: what it holds is checked where it is read."""
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) beside `path`, then move it into place; parent folders are created."""
@@ -46,7 +49,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
 
 
-def read_json(path: Path, error: type[HealthGPTError] = DataError) -> dict[str, Any]:
+def read_json(path: Path, error: type[HealthGPTError] = DataError) -> Json:
     """The JSON object in a file.
 
     Raises:

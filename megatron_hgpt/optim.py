@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.adamw import adamw
@@ -18,6 +18,12 @@ from megatron_hgpt.backbone.implementation import keeps_bf16_parameters
 from megatron_hgpt.config import OptimizerConfig, RunConfig
 from megatron_hgpt.parameters import GROUP_TASK, group_of, parameter_group
 from megatron_hgpt.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from torch.optim.optimizer import ParamsT
 
 
 class GroupStepAdamW(torch.optim.AdamW):
@@ -33,7 +39,7 @@ class GroupStepAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -100,7 +106,7 @@ class GroupStepAdamW(torch.optim.AdamW):
 
 
 class _HostAdamW(GroupStepAdamW):
-    def __init__(self, params: Any, **kwargs: Any) -> None:
+    def __init__(self, params: ParamsT, **kwargs: Any) -> None:
         super().__init__(params, **{**kwargs, "state_device": torch.device("cpu")})
 
 
@@ -108,7 +114,7 @@ def _idle_aware(adam: type) -> type:
     """`adam` with a `step` that skips the groups marked idle."""
 
     class IdleAwareAdam(adam):  # type: ignore[misc,valid-type]
-        def step(self, *args: Any, **kwargs: Any) -> Any:
+        def step(self, *args: Any, **kwargs: Any) -> object:
             every_group = self.param_groups  # type: ignore[has-type]
             self.param_groups = [group for group in every_group if not group.get("idle", False)]
             try:
@@ -179,7 +185,7 @@ def build_adamw(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.
     )
 
 
-def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) -> Any:
+def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Megatron's optimizer over the trainable parameters of DDP-wrapped `model_chunks`, one group per stage group.
 
     Each parameter group carries the fields of `group_fields`.
@@ -203,7 +209,9 @@ def build_optimizer(config: RunConfig, stage: Stage, model_chunks: list[Any]) ->
         )
 
 
-def build_scheduler(config: RunConfig, stage: Stage, optimizer: Any, total_steps: int) -> Any:
+def build_scheduler(
+    config: RunConfig, stage: Stage, optimizer: MegatronOptimizer | torch.optim.Optimizer, total_steps: int
+) -> OptimizerParamScheduler:
     """Megatron's scheduler: linear warm-up, then cosine, linear or constant; steps are optimizer steps."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -225,14 +233,14 @@ def build_scheduler(config: RunConfig, stage: Stage, optimizer: Any, total_steps
     )
 
 
-def mark_idle_groups(optimizer: Any, active_tasks: Collection[str]) -> None:
+def mark_idle_groups(optimizer: MegatronOptimizer | torch.optim.Optimizer, active_tasks: Collection[str]) -> None:
     """Mark the groups of tasks without samples in this step, on every rank alike, so that they do not move."""
     for group in optimizer.param_groups:
         task = GROUP_TASK.get(group.get("group", ""))
         group["idle"] = task is not None and task.value not in active_tasks
 
 
-def learning_rates(optimizer: Any) -> dict[str, float]:
+def learning_rates(optimizer: MegatronOptimizer | torch.optim.Optimizer) -> dict[str, float]:
     """Learning rates in use: ``adapter`` for adapter groups beside others, ``default`` for the rest."""
     rates = {group["group"]: float(group["lr"]) for group in optimizer.param_groups if "group" in group}
     adapters = {rate for name, rate in rates.items() if name.endswith("_adapter")}

@@ -9,9 +9,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (spec section 3)."""
@@ -76,7 +79,7 @@ class EncodedSample:
     """int64 [t]: token ids with `IMAGE_TOKEN_ID` once per image."""
     loss_mask: torch.Tensor
     """bool [t]: True where the token itself is supervised (is predicted and counts in the loss)."""
-    images: list[Any]
+    images: list[Image.Image]
     """Input images (PIL, RGB) in order; empty where `features` stand for them."""
     features: list[torch.Tensor] = field(default_factory=list)
     """[p, c] of each input image, read from the feature cache at the task's depth."""

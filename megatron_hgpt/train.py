@@ -33,7 +33,7 @@ def main(config: RunConfig) -> None:
     context = distributed.initialize(config.parallel, config.training.seed)
     _configure_logging(context.is_writer)
     try:
-        # megatron.core is imported below only: the platform had to be prepared first.
+        # Here and not at the top: the import-order rule of `cpu_platform`.
         from megatron_hgpt.build import build_model_chunks, freeze_except
         from megatron_hgpt.checkpoint import Checkpointer, load_weights
         from megatron_hgpt.data.loader import build_loader

@@ -1,13 +1,13 @@
 """Core attention through torch's scaled_dot_product_attention: what the local spec uses without Transformer Engine.
 
-Against megatron.core's DotProductAttention it never writes the [b, heads, s, s] scores to memory.
+Unlike megatron.core's DotProductAttention it never writes the [b, heads, s, s] scores to memory.
 """
 
 from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,6 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_hgpt.backbone.context_parallel import natural_order
+
+if TYPE_CHECKING:
+    from megatron_hgpt.hlora.layer_spec import TaskRouting
 
 
 class SDPACoreAttention(DotProductAttention):
@@ -38,7 +41,7 @@ class SDPACoreAttention(DotProductAttention):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: TaskRouting | None = None,
     ) -> torch.Tensor:
         """Attend.
 

@@ -8,11 +8,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_hgpt.errors import ConfigError
 
-_FAMILIES = {"Phi3ForCausalLM": "phi3", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFamily:
+    """What a Hugging Face architecture decides beside the sizes in its config.json, transformers' defaults included."""
+
+    model_type: str
+    fused_linears: bool
+    """q, k, v are one linear, and so are gate and up."""
+    qkv_bias: bool
+    default_rms_eps: float
+    """Where config.json does not give `rms_norm_eps`."""
+    requires_num_kv_heads: bool
+    """Without `num_key_value_heads` transformers takes a fixed number rather than the number of attention heads."""
+    sliding_window: Literal["always", "on demand", "never"]
+    """When transformers reads `sliding_window`: on demand means where `use_sliding_window` is true, in some layers."""
+
+
+FAMILIES: Mapping[str, BackboneFamily] = {
+    "Phi3ForCausalLM": BackboneFamily(
+        model_type="phi3",
+        fused_linears=True,
+        qkv_bias=False,
+        default_rms_eps=1e-5,
+        requires_num_kv_heads=False,
+        sliding_window="always",
+    ),
+    "LlamaForCausalLM": BackboneFamily(
+        model_type="llama",
+        fused_linears=False,
+        qkv_bias=False,
+        default_rms_eps=1e-6,
+        requires_num_kv_heads=False,
+        sliding_window="never",
+    ),
+    "Qwen2ForCausalLM": BackboneFamily(
+        model_type="qwen2",
+        fused_linears=False,
+        qkv_bias=True,
+        default_rms_eps=1e-6,
+        requires_num_kv_heads=True,
+        sliding_window="on demand",
+    ),
+}
+"""Architecture, as config.json names it -> what it decides. A new family is one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +63,9 @@ class BackboneShape:
     """What fixes the architecture of a decoder."""
 
     family: str
-    """phi3, llama or qwen2."""
+    """`BackboneFamily.model_type`: phi3, llama or qwen2."""
+    fused_qkv: bool
+    """q, k, v (and gate, up) are one linear in the HF model, so one H-LoRA pair A, R serves them (Phi)."""
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -36,13 +81,8 @@ class BackboneShape:
     sliding_window: int | None
     """Tokens a position attends to, itself included; None attends to all before it."""
 
-    @property
-    def fused_qkv(self) -> bool:
-        """q,k,v (and gate,up) are one linear in the HF model, so one H-LoRA pair A, R serves them (Phi)."""
-        return self.family == "phi3"
 
-
-def _refuse(field: str, value: Any, supported: str) -> ConfigError:
+def _refuse(field: str, value: object, supported: str) -> ConfigError:
     return ConfigError(f"model.hf_config.{field}={value!r} is not supported; supported: {supported}")
 
 
@@ -82,32 +122,38 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return _number({"rope_theta": theta}, "rope_theta", theta)
 
 
-def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """Every layer's window. transformers reads the field for Phi-3 always, for Qwen2 on demand, for Llama never."""
-    if family == "qwen2" and config.get("use_sliding_window"):
+def _sliding_window(config: Mapping[str, Any], family: BackboneFamily) -> int | None:
+    """Every layer's window, where transformers would read the field."""
+    if family.sliding_window == "on demand" and config.get("use_sliding_window"):
         raise _refuse("use_sliding_window", True, "false (it would give some layers a window and others none)")
-    if family != "phi3":
+    if family.sliding_window != "always" or config.get("sliding_window") is None:
         return None
-    return None if config.get("sliding_window") is None else _size(config, "sliding_window")
+    return _size(config, "sliding_window")
+
+
+def _family(config: Mapping[str, Any]) -> BackboneFamily:
+    """The row of `FAMILIES` that `architectures` names and `model_type` does not contradict."""
+    architectures = config.get("architectures") or ["(missing)"]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise _refuse("architectures", architectures, "a list with one of " + ", ".join(FAMILIES))
+    if architectures[0] not in FAMILIES:
+        raise _refuse("architectures", architectures[0], ", ".join(FAMILIES))
+    family = FAMILIES[architectures[0]]
+    if config.get("model_type", family.model_type) != family.model_type:
+        raise _refuse("model_type", config["model_type"], f"{family.model_type}, which {architectures[0]} implies")
+    return family
 
 
 def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
     """Read a Hugging Face config.json.
 
     Args:
-        config: its content; `architectures` must name Phi3ForCausalLM, LlamaForCausalLM or Qwen2ForCausalLM.
+        config: its content; `architectures` must name one of `FAMILIES`.
 
     Raises:
         ConfigError: a missing field, or a value that would change the computation in a way not implemented here.
     """
-    architectures = config.get("architectures") or ["(missing)"]
-    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise _refuse("architectures", architectures, "a list with one of " + ", ".join(_FAMILIES))
-    if architectures[0] not in _FAMILIES:
-        raise _refuse("architectures", architectures[0], ", ".join(_FAMILIES))
-    family = _FAMILIES[architectures[0]]
-    if config.get("model_type", family) != family:
-        raise _refuse("model_type", config["model_type"], f"{family}, which {architectures[0]} implies")
+    family = _family(config)
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise _refuse("hidden_act", config["hidden_act"], "silu")
     for field in ("attention_bias", "mlp_bias"):
@@ -120,7 +166,7 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
         raise _refuse("layer_types", config["layer_types"], "full_attention in every layer")
     num_heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     num_kv_heads = num_heads
-    if family == "qwen2" or config.get("num_key_value_heads") is not None:
+    if family.requires_num_kv_heads or config.get("num_key_value_heads") is not None:
         num_kv_heads = _size(config, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise _refuse("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads={num_heads}")
@@ -129,7 +175,8 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
             "hidden_size", hidden_size, f"a multiple of num_attention_heads={num_heads}, or head_dim beside it"
         )
     return BackboneShape(
-        family=family,
+        family=family.model_type,
+        fused_qkv=family.fused_linears,
         num_layers=_size(config, "num_hidden_layers"),
         hidden_size=hidden_size,
         ffn_size=_size(config, "intermediate_size"),
@@ -137,8 +184,8 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
         num_kv_heads=num_kv_heads,
         head_dim=hidden_size // num_heads if config.get("head_dim") is None else _size(config, "head_dim"),
         rope_theta=_rope_theta(config),
-        rms_eps=_number(config, "rms_norm_eps", 1e-5 if family == "phi3" else 1e-6),
-        qkv_bias=family == "qwen2",
+        rms_eps=_number(config, "rms_norm_eps", family.default_rms_eps),
+        qkv_bias=family.qkv_bias,
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_size(config, "max_position_embeddings"),
         sliding_window=_sliding_window(config, family),

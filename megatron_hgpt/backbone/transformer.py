@@ -25,7 +25,7 @@ _RECOMPUTE: dict[str | None, dict[str, Any]] = {
 def transformer_config(
     shape: BackboneShape, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> TransformerConfig:
-    """Megatron's configuration of the backbone: the one place where it is made.
+    """Megatron's configuration of the backbone.
 
     Raises:
         ConfigError: a tensor-parallel size that does not fit, a name in `model.transformer_overrides` that is unknown

@@ -10,6 +10,8 @@ Saved: both adapters, every H-LoRA plugin, embedding and head; AdamW moments and
 by parameter name. The tower and the backbone's layers are frozen in every stage and come from their own folders, which
 healthgpt.json names by a digest of their content (`frozen_base`).
 A folder is written as ``step_….tmp`` and renamed once complete, so a name without ``.tmp`` is always whole.
+
+Must not import: data, hooks, trainer.
 """
 
 from megatron_hgpt.checkpoint.checkpointer import Checkpointer, Restored, load_weights

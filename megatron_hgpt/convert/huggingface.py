@@ -17,7 +17,7 @@ from megatron_hgpt.files import read_json
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""HF buffers that are computed, not weights."""
+"""Buffers of old Hugging Face files that are computed rather than trained."""
 
 
 def _shape_of(folder: Path, shape: BackboneShape) -> BackboneShape:

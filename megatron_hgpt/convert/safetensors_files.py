@@ -6,12 +6,15 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.files import read_json
+from megatron_hgpt.files import Json, read_json
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 _MAX_HEADER_BYTES = 100 * 2**20
 """As the safetensors library's own limit."""
@@ -20,7 +23,7 @@ Reader = Callable[[str], torch.Tensor]
 """Returns one HF tensor, whole, by name."""
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[Json, int]:
     """Tensor name -> ``{"dtype", "shape", "data_offsets"}`` of one file, and the byte at which its data start.
 
     Raises:
@@ -48,9 +51,9 @@ def open_checkpoint(folder: Path) -> tuple[set[str], Reader]:
     """
     from safetensors import SafetensorError, safe_open
 
-    handles: dict[str, Any] = {}
+    handles: dict[str, safe_open] = {}
 
-    def handle_of(file: str) -> Any:
+    def handle_of(file: str) -> safe_open:
         if file not in handles:
             try:
                 handles[file] = safe_open(folder / file, framework="pt")

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_hgpt.data.feature_cache import FeatureCache
 from megatron_hgpt.data.mmap_format import DatasetReader
 from megatron_hgpt.errors import DataError, SkipSample
+from megatron_hgpt.files import Json
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
 from megatron_hgpt.text.templates import resolve_system_prompt
 from megatron_hgpt.text.vocabulary import Vocabulary
@@ -78,16 +80,16 @@ class VLDataset:
             )
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Json:
         """Content of manifest.json."""
         return self._reader.manifest
 
     @property
-    def tasks(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def tasks(self) -> NDArray[np.uint8]:
         """uint8 [n]: `Task.code` of each sample."""
         return self._reader.tasks
 
-    def lengths(self, num_image_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self, num_image_tokens: int) -> NDArray[np.int64]:
         """int64 [n]: tokens of each sample once every image stands for `num_image_tokens`."""
         return self._reader.num_tokens + self._reader.images_per_sample * (num_image_tokens - 1)
 

@@ -15,14 +15,15 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_hgpt.config import RunConfig, VisionConfig
 from megatron_hgpt.data.mmap_format import MANIFEST, sha256_of
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.files import Json
 from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import num_blocks_of, tower_hash
 
@@ -36,14 +37,14 @@ FIRST_SKIP = -2
 DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "fp32": (torch.float32, np.float32),
     "fp16": (torch.float16, np.float16),
-    "bf16": (torch.bfloat16, np.int16),  # NumPy has no bfloat16: the bits
+    "bf16": (torch.bfloat16, np.int16),  # NumPy has no bfloat16: its 16 bits are stored
 }
 """Name -> type of the features, and what NumPy stores them as."""
 _TOOL = "tools/cache_features.py --overwrite writes it again"
 
 
-def describe_tower(vision: VisionConfig) -> dict[str, Any]:
-    """What a cache must have been made with, besides its dataset.
+def describe_tower(vision: VisionConfig) -> Json:
+    """What a cache must have been made with, apart from its dataset.
 
     Raises:
         ConfigError: a size is not in `model.vision.hf_config`, or a depth is outside the tower.
@@ -61,7 +62,7 @@ def describe_tower(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def read_cache_manifest(folder: Path) -> dict[str, Any]:
+def read_cache_manifest(folder: Path) -> Json:
     """Manifest of a cache after comparing the sizes of its files.
 
     Raises:
@@ -69,7 +70,7 @@ def read_cache_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
         files = manifest["files"] if version == SCHEMA_VERSION else {}
         sizes = {name: int(size) for name, size in files.items()}
@@ -102,15 +103,15 @@ class FeatureCache:
         DataError: damaged, or of another dataset, tower, depth or size; the difference is named.
     """
 
-    def __init__(self, folder: Path, *, dataset: Path, tower: dict[str, Any], tasks: Sequence[Task]) -> None:
+    def __init__(self, folder: Path, *, dataset: Path, tower: Json, tasks: Sequence[Task]) -> None:
         self.folder = folder
         self.manifest = read_cache_manifest(folder)
         self._check("dataset_sha256", self.manifest.get("dataset_sha256"), sha256_of(dataset / MANIFEST))
         for name in ("tower_sha256", "image_size", "num_image_tokens", "hidden_size"):
             self._check(name, self.manifest.get(name), tower[name])
         self._dtype, stored = DTYPES[self.manifest["dtype"]]
-        self._rows: dict[Task, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        self._features: dict[Task, np.ndarray[Any, Any]] = {}
+        self._rows: dict[Task, NDArray[np.int64]] = {}
+        self._features: dict[Task, np.ndarray] = {}
         for task in tasks:
             count = self.manifest["pictures"][task.value]
             if count:
@@ -123,7 +124,7 @@ class FeatureCache:
                 np.memmap(folder / f"{task.value}.bin", stored, "r", shape=shape) if count else np.empty(shape, stored)
             )
 
-    def _check(self, what: str, found: Any, wanted: Any) -> None:
+    def _check(self, what: str, found: object, wanted: object) -> None:
         if found != wanted:
             raise DataError(
                 f"{self.folder}: {what} of the feature cache is {found!r}, the run needs {wanted!r}; {_TOOL}"

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_hgpt.config import VisionConfig
@@ -27,14 +28,14 @@ from megatron_hgpt.data.feature_cache import (
 )
 from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader, sha256_of
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
-from megatron_hgpt.files import replace_folder
+from megatron_hgpt.files import Json, replace_folder
 from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import HVPTower
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
 
 logger = logging.getLogger(__name__)
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
+Rows = NDArray[np.int64]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,7 +47,7 @@ class CacheOptions:
     dtype: str
     """A key of `DTYPES`: how the features are stored."""
     both_depths: bool = False
-    """Every image at both depths, not only its sample's."""
+    """Cache every image at both depths, not only at the one that its sample's task reads."""
     batch_size: int = 32
     """Pictures per pass of the tower."""
     num_workers: int = 2
@@ -63,7 +64,7 @@ class _Writer:
         self._at = next(tower.parameters())
 
     def write(self, task: Task, stream: BinaryIO) -> tuple[Rows, int]:
-        """Append the features of the task's distinct pictures; the row of each image, and the number of pictures."""
+        """Append the features of the task's distinct pictures; returns each image's row and the number of pictures."""
         distinct, pictures = self._distinct(task)
         rows = np.empty(len(pictures) + 1, np.int64)
         rows[-1] = NOT_CACHED  # what `distinct` has for images of another task
@@ -129,14 +130,14 @@ class _Writer:
 
 def cache_features(
     dataset: Path, output: Path, *, tower: HVPTower, vision: VisionConfig, options: CacheOptions
-) -> dict[str, Any]:
+) -> Json:
     """Write the cache `output` of the dataset folder `dataset`; a complete one that fits is left as it is.
 
     Args:
         dataset, output: the dataset, and the folder that appears when everything is written.
         tower: of the configuration `vision`, on its device and in `options.precision`.
         vision: the model's.
-        options: see there.
+        options: how features are computed and stored.
 
     Returns:
         The manifest.
@@ -171,8 +172,8 @@ def cache_features(
     return manifest
 
 
-def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheOptions) -> dict[str, Any]:
-    """Features and rows of both tasks; what the manifest says of them."""
+def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheOptions) -> Json:
+    """Write features and rows of both tasks; returns the manifest's entries about them."""
     reasons: list[str] = []
     writer = _Writer(reader, tower, options, reasons)
     pictures, images = {}, 0
@@ -193,7 +194,7 @@ def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheO
     }
 
 
-def _existing(output: Path, description: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _existing(output: Path, description: Json, overwrite: bool) -> Json | None:
     """The manifest of a cache that fits; None where it may be replaced.
 
     Raises:

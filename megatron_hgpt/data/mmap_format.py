@@ -22,21 +22,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.files import replace_folder
+from megatron_hgpt.files import Json, replace_folder
 from megatron_hgpt.samples import TASKS, Task
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
-_STREAMS: dict[str, type[np.number[Any]]] = {
+_STREAMS: dict[str, type[np.number]] = {
     "tokens": np.int32,
     "loss_mask": np.uint8,
     "images": np.uint8,
@@ -66,7 +70,7 @@ class DatasetWriter:
         self.folder = folder
         self._open = ExitStack()
         self._is_finished = False
-        self._builders: dict[str, Any] = {}
+        self._builders: Json = {}
         self._tasks: list[int] = []
         self._counts = {"samples": 0, "images": 0, "tokens": 0, "supervised_tokens": 0}
         self._per_task: Counter[str] = Counter()
@@ -118,7 +122,7 @@ class DatasetWriter:
             self._counts[key] += number
         self._counts["supervised_tokens"] += int(sum(loss_mask))
 
-    def _add_document(self, stream: str, values: np.ndarray[Any, Any], lengths: list[int]) -> None:
+    def _add_document(self, stream: str, values: np.ndarray, lengths: list[int]) -> None:
         self._builders[stream].add_document(values, lengths)
 
     def skip(self, sample_id: str, reason: str, detail: str) -> None:
@@ -137,7 +141,7 @@ class DatasetWriter:
         """Records left out so far, by reason."""
         return dict(sorted(self._skips.items()))
 
-    def finish(self, description: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, description: Json) -> Json:
         """Write indices and manifest; the folder moves into place when the block ends.
 
         Args:
@@ -170,7 +174,7 @@ class DatasetWriter:
         return manifest
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> Json:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -180,7 +184,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path, *, verify_checksums: bool = False) -> dict[str, Any]:
+def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Json:
     """Manifest of a dataset folder, after comparing the sizes of its files (and their sha256 on request).
 
     Raises:
@@ -190,7 +194,7 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> dict[str, 
     if not path.is_file():
         raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); tools/preprocess_vl_health.py writes one")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("schema_version",) if key not in manifest]
         if manifest.get("schema_version") == SCHEMA_VERSION:
             missing = [key for key in _REQUIRED if key not in manifest]
@@ -237,7 +241,7 @@ class DatasetReader:
         self.folder = folder
         self.manifest = read_manifest(folder, verify_checksums=verify_checksums)
         self._num_samples: int = self.manifest["counts"]["samples"]
-        self._streams: dict[str, Any] = {}
+        self._streams: Json = {}
         for name in _STREAMS:
             # An empty file cannot be mapped: a dataset without pictures has an empty images.bin.
             if self.manifest["files"][f"{name}.bin"]["bytes"] == 0:
@@ -252,16 +256,16 @@ class DatasetReader:
         tasks = np.load(folder / "tasks.npy", allow_pickle=False)
         if tasks.dtype != np.uint8 or tasks.shape != (self._num_samples,) or tasks.max(initial=0) >= len(TASKS):
             raise DataError(f"{folder}/tasks.npy: {tasks.dtype} {tasks.shape} does not fit {self._num_samples} samples")
-        self.tasks: np.ndarray[Any, np.dtype[np.uint8]] = tasks
+        self.tasks: NDArray[np.uint8] = tasks
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def tokens(self, index: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    def tokens(self, index: int) -> NDArray[np.int32]:
         """int32 [t] of sample `index`."""
         return self._document("tokens", index)[0]
 
-    def loss_mask(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def loss_mask(self, index: int) -> NDArray[np.uint8]:
         """uint8 [t] of sample `index`."""
         return self._document("loss_mask", index)[0]
 
@@ -270,12 +274,12 @@ class DatasetReader:
         return [image.tobytes() for image in self._document("images", index)]
 
     @property
-    def num_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def num_tokens(self) -> NDArray[np.int64]:
         """int64 [n]: stored tokens of each sample, from the index alone."""
         return np.asarray(self._streams["tokens"].sequence_lengths, dtype=np.int64)
 
     @property
-    def images_per_sample(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def images_per_sample(self) -> NDArray[np.int64]:
         """int64 [n]: pictures of each sample, from the index alone."""
         if "images" not in self._streams:
             return np.zeros(self._num_samples, dtype=np.int64)
@@ -304,12 +308,12 @@ class DatasetReader:
         parts = self._document("sample_ids", index)
         return parts[0].tobytes().decode(errors="replace") if parts else ""
 
-    def _document(self, stream: str, index: int) -> list[np.ndarray[Any, Any]]:
+    def _document(self, stream: str, index: int) -> list[np.ndarray]:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         data = self._streams.get(stream)
         if data is None:
             return []
         first, end = data.document_indices[index], data.document_indices[index + 1]
-        # Copies: Megatron's reader unmaps its file when it is collected, whatever views are still about.
+        # Copies, because Megatron's reader unmaps its file when it is collected, even if views of it still exist.
         return [data[int(i)].copy() for i in range(first, end)]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.samples import Task
 
 logger = logging.getLogger(__name__)
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
+Indices = NDArray[np.int64]
 
 
 def pack(lengths: Indices, capacity: int, *, seed: int) -> list[Indices]:

@@ -1,4 +1,7 @@
-"""What runs forward, backward and the optimizer step: Megatron-Core (default) or DeepSpeed, behind one interface."""
+"""What runs forward, backward and the optimizer step: Megatron-Core (default) or DeepSpeed, behind one interface.
+
+Must not import: data, checkpoint, hooks, trainer.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def gate_backward(
     return torch.cat([(scaled * gate.unsqueeze(-1)).flatten(-2), dlogits], dim=-1).to(z.dtype)
 
 
-def _kernels(z: torch.Tensor) -> tuple[Callable, Callable]:
+def _kernels(z: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
     """Forward and backward for z's device."""
     if not z.is_cuda:
         return gate_forward, gate_backward

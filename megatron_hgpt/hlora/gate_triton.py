@@ -2,9 +2,9 @@
 
 Bytes per token and section: forward reads r + k and writes r values; backward reads 2r + k and writes r + k. At the
 sizes of HealthGPT (r <= 256, k = 4) a row fits in registers, so both are bound by memory bandwidth.
-Also run on the CPU under Triton's interpreter, for tests (``TRITON_INTERPRET=1`` before the import of triton).
+For tests they also run on the CPU, in Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported).
 
-The one module of the package that imports triton; `gate` imports it when it meets the first CUDA tensor.
+This is the one module of the package that imports triton; `gate` imports it at the first CUDA tensor.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class TaskRouting(PackedSeqParams):
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """RMSNorm that may run on sequence-sharded tokens; its weight says so to Megatron's gradient finalisation."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -91,7 +91,7 @@ class HLoRATransformerLayer(TransformerLayer):
     def forward(
         self, *args: Any, packed_seq_params: TaskRouting | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `TransformerLayer.forward`; `packed_seq_params` brings the tasks, and goes further only with packing."""
+        """As `TransformerLayer.forward`. `packed_seq_params` brings the tasks; Megatron sees it only with packing."""
         routing = TaskRouting() if packed_seq_params is None else packed_seq_params
         for linear in self._hlora_linears:
             linear.active_task, linear.token_tasks = routing.task, routing.token_tasks

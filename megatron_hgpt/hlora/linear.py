@@ -4,9 +4,10 @@ They subclass the base linears, so that base weights keep Megatron's names. The 
 linears here and Transformer Engine's (`te_linear`) share. Activations are [s, b, h]; T is the
 tensor-parallel size; sequence parallelism (SP) shards s over T.
 
-Column (QKV, FC1)   P replicated, runs on the local tokens of the norm output; only u is gathered: [s, b, r] and never
-                    [s, b, h]. Its backward is a reduce-scatter (SP) or an all-reduce.
-Row (proj, FC2)     P sharded on its input, z is a partial sum, reduced BEFORE the gate; B replicated on local tokens.
+Column (QKV, FC1)   Every rank holds P whole and applies it to its own tokens of the norm's output. Only u, [s, b, r],
+                    is gathered, never [s, b, h]; backward that is a reduce-scatter (SP) or an all-reduce.
+Row (proj, FC2)     P is cut along its input, so z is a partial sum, which is reduced BEFORE the gate. Every rank holds
+                    B whole and applies it to its own tokens.
 
 Under SP the gradients of replicated factors (P of column, B of row) are sums over local tokens only: their
 ``sequence_parallel`` flag makes Megatron's finalize_model_grads add them up over T.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -36,48 +37,72 @@ from megatron_hgpt.config import HLoRAPluginConfig
 from megatron_hgpt.hlora.plugins import BranchLayout, HLoRAPlugin
 from megatron_hgpt.samples import Task
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+Offsets = tuple[tuple[int, int, int], ...]
+"""Of megatron.core's sharded tensors: (axis, this shard's place on it, shards on it)."""
+
 ActivePlugin = tuple[HLoRAPlugin, torch.Tensor | None]
 """A plugin to run, and the tokens (bool [s], this rank's) it works on; None is all."""
 
 
 class HLoRALinearMixin(nn.Module):
-    """Plugins of one linear and the choice among them; see `HLoRATransformerLayer` for who sets `active_task`."""
+    """Plugins of one linear and the choice among them; goes in front of the base class.
+
+    `HLoRATransformerLayer` sets `active_task` and `token_tasks`.
+
+    Args:
+        input_size, output_size: full (unsharded) features; `kwargs` go to the base class.
+        hlora_plugins: plugins by task.
+        hlora_layout: how the branch is cut.
+    """
+
+    splits_input: ClassVar[bool]
+    """Whether tensor parallelism cuts the linear's input (row: P is sharded) or its output (column: B is)."""
 
     hlora: nn.ModuleDict
     active_task: Task | None
     token_tasks: torch.Tensor | None
     sequence_parallel: bool
-    tp_group: Any
-    config: Any
+    tp_group: torch.distributed.ProcessGroup
+    config: TransformerConfig
     weight: nn.Parameter
 
-    def _add_plugins(
+    def __init__(
         self,
-        plugins: Mapping[Task, HLoRAPluginConfig],
-        layout: BranchLayout,
-        *,
         input_size: int,
-        output_divisor: int,
-        replicated: str,
+        output_size: int,
+        *,
+        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
+        hlora_layout: BranchLayout,
+        **kwargs: Any,
     ) -> None:
-        """Create the plugins; `replicated` names the factor that every rank holds whole ("lora_p" or "lora_b")."""
+        super().__init__(input_size, output_size, **kwargs)
         self.active_task, self.token_tasks = None, None
         self.hlora = nn.ModuleDict()
-        for task, config in plugins.items():
+        tp_size = self.tp_group.size()
+        for task, config in hlora_plugins.items():
             plugin = HLoRAPlugin(
                 config,
-                layout,
-                input_size=input_size,
-                output_divisor=output_divisor,
+                hlora_layout,
+                input_size=input_size // tp_size if self.splits_input else input_size,
+                output_divisor=1 if self.splits_input else tp_size,
                 dtype=self.config.params_dtype,
                 device=self.weight.device,
             )
-            for name, parameter in plugin.named_parameters():
-                if name.startswith(replicated):
-                    parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-                else:
-                    set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
+            self._mark_parameters(plugin)
             self.hlora[task.value] = plugin
+
+    def _mark_parameters(self, plugin: HLoRAPlugin) -> None:
+        """Tell Megatron which factor is sharded and which one every rank holds whole."""
+        replicated = "lora_b" if self.splits_input else "lora_p"
+        for name, parameter in plugin.named_parameters():
+            if name.startswith(replicated):
+                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            else:
+                set_tensor_model_parallel_attributes(parameter, True, 0 if name.startswith("lora_b") else 1, 1)
 
     def _active_plugins(self) -> list[ActivePlugin]:
         if self.token_tasks is None:
@@ -88,11 +113,14 @@ class HLoRALinearMixin(nn.Module):
             mine = mine.chunk(self.tp_group.size())[self.tp_group.rank()]
         return [(cast(HLoRAPlugin, self.hlora[task]), mine == task.code) for task in Task if task in self.hlora]
 
-    def _rng_context(self) -> Any:
-        # Under SP every rank drops other tokens; without, all ranks see the same tokens and must agree on the mask.
+    def _rng_context(self) -> contextlib.AbstractContextManager[None]:
+        # Under SP the ranks hold different tokens, and each draws its own mask. Without it all ranks hold the same
+        # tokens and must draw the same mask.
         return get_cuda_rng_tracker().fork() if self.sequence_parallel else contextlib.nullcontext()
 
-    def _sharded_state_dict(self, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:
+    def _sharded_state_dict(
+        self, axes: dict[str, int], prefix: str, offsets: Offsets, metadata: dict[str, Any] | None
+    ) -> ShardedStateDict:
         for name, parameter in self.hlora.named_parameters():
             if getattr(parameter, "tensor_model_parallel", False):
                 axes[f"hlora.{name}"] = parameter.partition_dim  # type: ignore[attr-defined]
@@ -115,31 +143,9 @@ def _split(joined: torch.Tensor, widths: list[int]) -> Sequence[torch.Tensor]:
 
 
 class HLoRAColumnMixin(HLoRALinearMixin):
-    """The branch of a column-parallel linear (QKV, FC1); goes in front of the base class.
+    """The branch of a column-parallel linear (QKV, FC1)."""
 
-    Args:
-        input_size, output_size: full (unsharded) features; `kwargs` go to the base class.
-        hlora_plugins: plugins by task.
-        hlora_layout: how the branch is cut.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
-        hlora_layout: BranchLayout,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
-        self._add_plugins(
-            hlora_plugins,
-            hlora_layout,
-            input_size=input_size,
-            output_divisor=self.tp_group.size(),
-            replicated="lora_p",
-        )
+    splits_input = False
 
     def gathered_u(self, active: Sequence[ActivePlugin], input_: torch.Tensor) -> torch.Tensor:
         """u of all tokens, [s, b, sections, r], from the local ones of the linear's input, [s/T or s, b, in].
@@ -166,31 +172,17 @@ class HLoRAColumnMixin(HLoRALinearMixin):
         output, bias = super().forward(input_, *args, **kwargs)
         return self.add_branches(output, active, u), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Base weight and bias sharded on axis 0, P replicated, B on axis 0."""
         return self._sharded_state_dict({"weight": 0, "bias": 0}, prefix, sharded_offsets, metadata)
 
 
 class HLoRARowMixin(HLoRALinearMixin):
-    """The branch of a row-parallel linear (attention projection, FC2); arguments as `HLoRAColumnMixin`."""
+    """The branch of a row-parallel linear (attention projection, FC2)."""
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        hlora_plugins: Mapping[Task, HLoRAPluginConfig],
-        hlora_layout: BranchLayout,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
-        self._add_plugins(
-            hlora_plugins,
-            hlora_layout,
-            input_size=input_size // self.tp_group.size(),
-            output_divisor=1,
-            replicated="lora_b",
-        )
+    splits_input = True
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, in/T] to [s/T or s, b, out]."""
@@ -212,7 +204,9 @@ class HLoRARowMixin(HLoRALinearMixin):
             output = output + delta
         return output, bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
         """Base weight sharded on axis 1, P on axis 1, B replicated."""
         return self._sharded_state_dict({"weight": 1}, prefix, sharded_offsets, metadata)
 

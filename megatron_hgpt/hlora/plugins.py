@@ -13,6 +13,7 @@ tensor-parallel size; `assemble` puts the parts' outputs into the base linear's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,32 @@ from megatron_hgpt.hlora.maths import hlora_scale
 
 @dataclass(frozen=True, kw_only=True)
 class BranchLayout:
-    """How the branch of one fused linear is cut; sizes are full (unsharded) output features."""
+    """How the branch of one fused linear is cut; sizes are full (unsharded) output features.
+
+    Llama's QKV with 4 query heads, 2 KV heads and a head size of 1: q, k and v each have their own A, R and B.
+
+        >>> names = ("q", "k", "v")
+        >>> layout = BranchLayout(part_sizes=(4, 2, 2), part_names=names, num_sections=3, interleave_groups=2)
+        >>> [layout.section_of(part) for part in range(3)]
+        [0, 1, 2]
+
+    Megatron's QKV holds the rows of one KV group after another: two queries, their key, their value.
+
+        >>> q, k, v = torch.tensor([10, 11, 12, 13]), torch.tensor([20, 21]), torch.tensor([30, 31])
+        >>> layout.assemble([q, k, v], tp_size=1).tolist()
+        [10, 11, 20, 30, 12, 13, 21, 31]
+
+    With two tensor-parallel ranks each has one group. Its shard of every part is a plain slice of consecutive rows.
+
+        >>> layout.assemble([q[2:], k[1:], v[1:]], tp_size=2).tolist()
+        [12, 13, 21, 31]
+
+    Phi's checkpoint has one QKV linear, so all three parts read the same A and R.
+
+        >>> phi = BranchLayout(part_sizes=(4, 2, 2), part_names=names, interleave_groups=2)
+        >>> [phi.section_of(part) for part in range(3)]
+        [0, 0, 0]
+    """
 
     part_sizes: tuple[int, ...]
     num_sections: int = 1
@@ -85,7 +111,12 @@ class HLoRAPlugin(nn.Module):
         """z = x P^T: [..., sections, r + k]; a partial sum where x is sharded on features."""
         return F.linear(x, self.lora_p).unflatten(-1, (self.layout.num_sections, -1))
 
-    def gate(self, z: torch.Tensor, rng_context: Callable, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def gate(
+        self,
+        z: torch.Tensor,
+        rng_context: Callable[[], AbstractContextManager[None]],
+        token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """u [s, b, sections, r] from complete (reduced) z.
 
         Args:

@@ -1,11 +1,12 @@
 """H-LoRA on Transformer Engine's parallel linears: the branch of `linear` beside a base that may run in FP8.
 
-Imported only where Transformer Engine is used: without it megatron.core puts mocks in place of its classes.
+This module is imported only where Transformer Engine is used: without it megatron.core puts mocks in place of its
+classes.
 
     column      Transformer Engine normalises, (gathers under SP,) and multiplies. It also returns the norm's output:
                 local tokens, not quantised, never gathered and never written into. From it comes u, the only tensor
                 of the branch that is gathered: [s, b, r].
-    row         as the local one: z is reduced before the gate.
+    row         As in the local linear, z is reduced before the gate.
 
 The branch is plain torch in the parameters' type. Transformer Engine's FP8 autocast reaches its own modules only, so
 P, gate and B compute in bf16 inside it too.
@@ -16,7 +17,7 @@ input. In FP8 a column linear keeps the norm's output twice for the backward pas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.extensions.transformer_engine import (
@@ -29,6 +30,9 @@ from megatron.core.extensions.transformer_engine import (
 
 from megatron_hgpt.hlora.linear import HLoRAColumnMixin, HLoRALinearMixin, HLoRARowMixin
 
+if TYPE_CHECKING:
+    from megatron.core.quantization.quant_config import QuantizationConfig
+
 _FP8_WHILE_TRAINING = TEQuantizationParams(
     training_recipe=TEQuantizationRecipe(override_quantized_autocast=False),
     # No recipe: bf16, whatever the surrounding autocast says.
@@ -39,10 +43,10 @@ _FP8_WHILE_TRAINING = TEQuantizationParams(
 class _BF16EvaluationMixin(HLoRALinearMixin):
     """FP8 in training only: decoding feeds one token per sample, and FP8 GEMMs need a multiple of eight."""
 
-    te_quant_params: Any
+    te_quant_params: TEQuantizationParams | None
 
-    def finish_init(self, quantization_config: Any) -> None:
-        """GPTModel calls it on every linear; a quantisation of this layer that a user configures stands."""
+    def finish_init(self, quantization_config: QuantizationConfig | None) -> None:
+        """GPTModel calls this on every linear. A quantisation that the user configured for this layer is kept."""
         super().finish_init(quantization_config)  # type: ignore[misc]  # the Transformer Engine class has it
         if quantization_config is None:
             self.te_quant_params = _FP8_WHILE_TRAINING

@@ -1,4 +1,7 @@
-"""Side effects of training (console, files, TensorBoard, throughput, watchdog): the trainer knows `Hook` only."""
+"""Side effects of training (console, files, TensorBoard, throughput, watchdog): the trainer knows `Hook` only.
+
+Must not import: model, engines, checkpoint, trainer, inference.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""inference"""
+"""Answers and pictures from a trained checkpoint: loading, decoding with a KV cache, pictures drawn during training.
+
+Must not import: engines, trainer, evaluation, report.
+"""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,15 +183,6 @@ class Generator:
             with torch.inference_mode():
                 decoded += [vqgan.to_pil(image) for image in vqgan.decode(indices)]
         return decoded
-
-    def draw_to_folder(self, prompts: Sequence[Prompt], vqgan: Any, folder: Path, **options: Any) -> list[Path]:
-        """Draw and write ``0000.png`` … ; returns the paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for i, image in enumerate(self.draw_images(prompts, vqgan, **options)):
-            paths.append(folder / f"{i:04d}.png")
-            image.save(paths[-1])
-        return paths
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokens up to the answer, with image features spliced in.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,9 +17,13 @@ from megatron_hgpt.inference.generator import EncodedPrompt, Generator
 from megatron_hgpt.samples import EncodedSample, Task
 from megatron_hgpt.text.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
+    from megatron_hgpt.text.tokenizer import TextTokenizer
+
 
 def image_sampler(
-    config: RunConfig, model: Any, tokenizer: Any, context: DistributedContext
+    config: RunConfig, model: HealthGPT, tokenizer: TextTokenizer, context: DistributedContext
 ) -> Callable[[TrainState], list[tuple[str, Image.Image]]] | None:
     """A function that draws the same few prompts each time; None where no dataset holds a generation sample.
 

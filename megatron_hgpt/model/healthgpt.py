@@ -7,7 +7,7 @@ Shapes: b samples, s tokens (padded), n images, p image tokens, h hidden size, T
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -28,6 +28,9 @@ from megatron_hgpt.samples import TASKS, MicroBatch, Task
 from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.vision.adapter import VisionAdapter
 from megatron_hgpt.vision.clip import HVPTower
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import StaticInferenceContext
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class HealthGPT(MegatronModule):
     ) -> None:
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False  # Megatron's pipeline schedules ask
+        self.share_embeddings_and_output_weights = False  # Megatron's pipeline schedules read it
         self.shape = shape
         self.plugins = plugins
         self.vocabulary = Vocabulary.from_config(config.model)
@@ -93,7 +96,7 @@ class HealthGPT(MegatronModule):
             vocabulary=self.vocabulary,
         )
 
-    def set_input_tensor(self, input_tensor: Any) -> None:
+    def set_input_tensor(self, input_tensor: list[torch.Tensor | None] | torch.Tensor | None) -> None:
         """Hidden states from the previous pipeline stage (Megatron's schedules call this)."""
         self.language_model.set_input_tensor(input_tensor)
 
@@ -210,7 +213,7 @@ class HealthGPT(MegatronModule):
         self,
         tokens: torch.Tensor,
         task: Task,
-        context: Any,
+        context: StaticInferenceContext,
         position: int,
         *,
         image_mask: torch.Tensor | None = None,

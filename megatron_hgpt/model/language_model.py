@@ -5,7 +5,7 @@ Shapes: b samples, s tokens (padded), h hidden size, T tensor-parallel size, V p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -14,6 +14,9 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 
 from megatron_hgpt.samples import IGNORE_INDEX
 from megatron_hgpt.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import BaseInferenceContext
 
 
 class LanguageModel(GPTModel):
@@ -43,10 +46,10 @@ class LanguageModel(GPTModel):
     def _postprocess(
         self,
         hidden_states: torch.Tensor,
-        *_: Any,
+        *_: object,
         labels: torch.Tensor | None = None,
-        inference_context: Any = None,
-        **__: Any,
+        inference_context: BaseInferenceContext | None = None,
+        **__: object,
     ) -> torch.Tensor:
         """Losses [number of supervised positions] with labels, logits [b, s or 1, V] without (in inference)."""
         if not self.post_process:

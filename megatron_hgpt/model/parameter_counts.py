@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
+from megatron_hgpt.parameters import ADAPTER_GROUPS
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 
@@ -31,7 +32,7 @@ def _count_backbone(shape: BackboneShape) -> int:
     return shape.num_layers * (attention + 3 * hidden * shape.ffn_size + 2 * hidden) + hidden
 
 
-def _count_tower(config: dict) -> int:
+def _count_tower(config: dict[str, int]) -> int:
     hidden, ffn, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     patch = config["patch_size"]
     embeddings = hidden + 3 * patch * patch * hidden + ((config["image_size"] // patch) ** 2 + 1) * hidden
@@ -51,9 +52,9 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
         "head": vocabulary.padded_size * hidden,
         "tower": _count_tower(vision) if vision else 0,
     }
-    plugins = {"comprehension": model.hlora.comprehension, "generation": model.hlora.generation}
-    for adapter_name, (name, plugin) in zip(("abstract_adapter", "concrete_adapter"), plugins.items(), strict=True):
+    for adapter_group, task in ADAPTER_GROUPS.items():
+        plugin = model.hlora.of(task)
         if plugin is not None:
-            counts[adapter_name] = adapter
-            counts[f"hlora_{name}"] = count_hlora(shape, plugin)
+            counts[adapter_group] = adapter
+            counts[f"hlora_{task.value}"] = count_hlora(shape, plugin)
     return counts

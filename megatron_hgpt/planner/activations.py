@@ -1,6 +1,6 @@
 """Bytes that autograd keeps between forward and backward: frozen base, H-LoRA on every linear, flash attention.
 
-Derived from `megatron_hgpt.hlora.linear`, `hlora.gate`, `hlora.attention` and Megatron's layer, term by term. Units: N
+Derived from `hlora.linear`, `hlora.gate`, `backbone.attention` and Megatron's layer, term by term. Units: N
 tokens of a micro-batch on this context rank (s b / C), n = N / T of them on this tensor rank (sequence parallel), h
 hidden, q / g query and key features per rank, f FFN features per rank, r rank, k experts, S / S' H-LoRA sections of QKV
 / FC1, m supervised positions, V vocabulary rows per rank, e bytes per element. A frozen linear keeps no input; what
@@ -131,7 +131,7 @@ class ActivationModel:
         """z and the dropout mask of the gate, u where B is trained, B joined over the parts of a fused linear."""
         from megatron_hgpt.hlora.layer_spec import linear_layouts
 
-        plugin = getattr(self.request.config.model.hlora, self.task.value)
+        plugin = self.request.config.model.hlora.of(self.task)
         if plugin is None:
             return 0
         override = self.request.stage.dropout.get(self.task)

@@ -57,7 +57,7 @@ def hlora_traffic(sizes: ActivationModel, pipeline_rank: int) -> Traffic:
     from megatron_hgpt.hlora.layer_spec import linear_layouts
 
     request, layout = sizes.request, sizes.layout
-    plugin = getattr(request.config.model.hlora, sizes.task.value)
+    plugin = request.config.model.hlora.of(sizes.task)
     if layout.tensor == 1 or plugin is None:
         return Traffic()
     columns = 0

@@ -28,9 +28,9 @@ class Gpu:
     hbm_gb_s: float
     """Device memory bandwidth, GB/s."""
     nvlink_gb_s: float
-    """To the other GPUs of the node, GB/s and direction."""
+    """To the other GPUs of the node, GB/s in each direction."""
     network_gb_s: float
-    """To other nodes, GB/s and direction: one 200 Gb/s (A100) or 400 Gb/s adapter per GPU."""
+    """To other nodes, GB/s in each direction: one 200 Gb/s (A100) or 400 Gb/s adapter per GPU."""
 
 
 GPUS: Mapping[str, Gpu] = {
@@ -96,5 +96,5 @@ class Cluster:
         return min(self.num_gpus, self.gpus_per_node)
 
     def bandwidth(self, span: int) -> float:
-        """Bytes per second, GPU and direction, of a group of ranks that lie within `span` neighbouring ranks."""
+        """Bytes per second, per GPU and direction, in a group of ranks that lie within `span` neighbouring ranks."""
         return (self.gpu.nvlink_gb_s if span <= self.node_size else self.gpu.network_gb_s) * 1e9

@@ -1,6 +1,6 @@
 """Which layouts of a cluster are legal for a model, and why the others are not.
 
-The trainer's own `validation.validate` decides; here are only the limits that come from the cluster.
+The trainer's own `validation.validate` decides; this module adds only the limits that come from the cluster.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Short and unique."""
+        """A short name that tells it from all others, e.g. for a chart."""
         interleaved = f" VP{self.virtual}" if self.virtual > 1 else ""
         return f"TP{self.tensor} PP{self.pipeline}{interleaved} CP{self.context} DP{self.data}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from megatron_hgpt.planner.memory import rank_memory
 from megatron_hgpt.planner.meta_model import RankModel, build_rank_models, build_stage
 from megatron_hgpt.planner.request import PlanRequest
 from megatron_hgpt.samples import IGNORE_INDEX, MicroBatch, Task
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Comparison:
         return (self.predicted - self.measured) / self.measured if self.measured else float(self.predicted > 0)
 
 
-def saved_bytes(model: torch.nn.Module, batch: Any) -> int:
+def saved_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     """Bytes of all distinct storages that autograd saves in one forward pass of `batch`, parameters left out.
 
     A view counts with the whole storage that it keeps alive, as an allocator would count it. Runs backward too.
@@ -61,7 +64,7 @@ def saved_bytes(model: torch.nn.Module, batch: Any) -> int:
     return kept
 
 
-def _tensors_of(state: Any) -> Iterable[torch.Tensor]:
+def _tensors_of(state: object) -> Iterable[torch.Tensor]:
     if isinstance(state, torch.Tensor):
         yield state
     elif isinstance(state, dict):
@@ -69,7 +72,7 @@ def _tensors_of(state: Any) -> Iterable[torch.Tensor]:
             yield from _tensors_of(value)
 
 
-def optimizer_state_bytes(optimizer: Any) -> int:
+def optimizer_state_bytes(optimizer: MegatronOptimizer) -> int:
     """Bytes of Adam's moments and of the fp32 master copies of Megatron's optimizer, after a step of every group."""
     total = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -25,7 +25,7 @@ class OptimizerBytes:
     """Bytes on one rank that exist for the trained parameters, beside the parameters themselves."""
 
     gradients: int
-    """DDP's buffer."""
+    """Gradients in the buffer of Megatron's DDP."""
     state: int
     """fp32 master copy (bf16 training) and Adam's moments; of the largest shard under the distributed optimizer."""
 
@@ -91,7 +91,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "pipeline_rank")
 
 

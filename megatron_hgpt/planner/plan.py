@@ -17,7 +17,7 @@ from megatron_hgpt.planner.timing import StepTime, model_flops_per_step, step_ti
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutPlan:
-    """One layout."""
+    """One layout with its memory, traffic and time."""
 
     layout: Layout
     num_micro_batches: int
@@ -25,7 +25,7 @@ class LayoutPlan:
     memories: list[RankMemory]
     """Per pipeline rank."""
     traffic_bytes: dict[str, float]
-    """Sent by one rank per optimizer step, by purpose; the largest over pipeline ranks."""
+    """What one rank sends per optimizer step, by purpose; for each purpose the largest over the pipeline ranks."""
     time: StepTime
     tokens_per_s: float
     """Over all GPUs, padding included."""
@@ -49,7 +49,9 @@ class Plan:
     """Reason -> candidates that it refuses."""
 
 
-def _traffic(request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]) -> dict:
+def _traffic(
+    request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]
+) -> dict[str, float]:
     count, totals = layout.num_micro_batches(request), {}
     weights = task_weights(request)
     sizes = {task: ActivationModel(request=request, layout=layout, task=task) for task in weights}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from megatron_hgpt.batching import global_batch_size
+from megatron_hgpt.files import Json
 from megatron_hgpt.planner.hardware import GIB
 from megatron_hgpt.planner.plan import LayoutPlan, Plan
 from megatron_hgpt.planner.request import PlanRequest
@@ -101,7 +101,7 @@ def _training_overrides(request: PlanRequest) -> list[str]:
     return [f"training.{name}={given.get(value, value)}" for name, value in asked.items() if value != now[name]]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> Json:
     """Everything the table shows and more; sizes in bytes, times in seconds."""
     request = plan.request
     return {
@@ -121,7 +121,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _layout_json(plan: LayoutPlan) -> dict[str, Any]:
+def _layout_json(plan: LayoutPlan) -> Json:
     ranks = [
         {
             **dataclasses.asdict(memory),

@@ -43,12 +43,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Seconds of the whole step."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def bottleneck(self) -> str:
-        """The largest part."""
+        """Name of the part that takes longest."""
         return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
 
 
@@ -93,7 +93,7 @@ def _compute_seconds(sizes: ActivationModel, model: RankModel, counts: dict[str,
     shape, tokens = request.shape, sizes.num_tokens
     again = 2 if request.recompute == "full" else 0
     base = (4 + again) * model.count("base_linears") * tokens
-    plugin = getattr(request.config.model.hlora, sizes.task.value)
+    plugin = request.config.model.hlora.of(sizes.task)
     layers = layout.layers_per_stage[model.pipeline_rank]
     bf16 = 0.0
     if plugin is not None:
@@ -137,7 +137,7 @@ def _micro_batch_seconds(
 
 
 def step_time(request: PlanRequest, layout: Layout, models: list[RankModel], memories: list[RankMemory]) -> StepTime:
-    """1F1B: the slowest stage runs its micro-batches, every other stage is waited for once (for one of its chunks)."""
+    """Under 1F1B the slowest stage runs all its micro-batches and waits once for each other stage (one chunk of it)."""
     counts = count_parameters(request.config.model)
     stages = [_micro_batch_seconds(request, layout, model, counts) for model in models]
     totals = [sum(stage.values()) for stage in stages]

@@ -7,9 +7,13 @@ import queue
 import socket
 import traceback
 from collections.abc import Callable
-from typing import Any
+from multiprocessing.context import ForkServerContext, SpawnContext
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
 
 
 def free_port() -> int:
@@ -19,8 +23,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _context(fresh: bool) -> Any:
-    """How ranks start: forked from a server that has the imports done; spawned where that is asked for, or unsafe."""
+def _context(fresh: bool) -> SpawnContext | ForkServerContext:
+    """How ranks start: forked from a server that has the imports done; spawned where a fork is unsafe or unwanted."""
     if fresh or torch.cuda.is_available():  # CUDA does not survive a fork
         return torch.multiprocessing.get_context("spawn")
     context = torch.multiprocessing.get_context("forkserver")
@@ -32,12 +36,12 @@ def _entry(
     rank: int,
     world_size: int,
     port: int,
-    results: Any,
+    results: Queue[tuple[int, bool, Any]],
     environment: dict[str, str],
     function: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ.clear()  # the server has that of its own start
+    os.environ.clear()  # a forked process begins with the environment of the server's start
     os.environ.update(
         environment,
         RANK=str(rank),
@@ -54,7 +58,7 @@ def _entry(
     finally:
         from megatron_hgpt import distributed
 
-        # A rank that failed leaves its peers inside a collective: no barrier, no graceful goodbye.
+        # A rank that failed leaves its peers waiting inside a collective, so nobody may wait for them here.
         distributed.shutdown()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from megatron_hgpt.data.collate import ExpandedSample, collate_packed
 from megatron_hgpt.model.initialization import generator_for
 from megatron_hgpt.parameters import canonical_name
 from megatron_hgpt.samples import IGNORE_INDEX, EncodedSample, MicroBatch, Task
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
 
 TEXT_SIZE, NUM_CODES, NUM_INDICES = 96, 16, 4
 IMAGE_SIZE, NUM_IMAGE_TOKENS = 16, 4
@@ -77,7 +80,7 @@ def tiny_config(backbone: Path, output_dir: Path, **sections: Any) -> RunConfig:
 
 
 def make_micro_batch(name: str, task: Task, *, num_samples: int = 2, length: int = 24) -> MicroBatch:
-    """A random but reproducible micro-batch with one image per sample and uneven supervision."""
+    """A random but reproducible micro-batch: one image per sample, another number of supervised tokens in each."""
     generator = generator_for(f"{name}/{task.value}", 11)
     tokens = torch.randint(0, TEXT_SIZE, (num_samples, length), generator=generator)
     image_mask = torch.zeros(num_samples, length, dtype=torch.bool)
@@ -170,7 +173,7 @@ class FixedLoader:
         self.step = state["step"]
 
 
-def make_b_nonzero(model: Any) -> None:
+def make_b_nonzero(model: HealthGPT) -> None:
     """Draw every B at random by name: with B = 0 a wrong gate or gradient stays invisible at first."""
     from megatron.core import parallel_state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_hgpt.testing.models import FixedLoader, make_b_nonzero
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
     from megatron_hgpt.distributed import DistributedContext
     from megatron_hgpt.hooks.base import Hook
+    from megatron_hgpt.trainer import Trainer
 
 
 def build_trainer(
@@ -22,15 +23,15 @@ def build_trainer(
     loader_class: type[FixedLoader] = FixedLoader,
     num_micro_batches: int = 4,
     hooks: Sequence[Hook] = (),
-) -> Any:
+) -> Trainer:
     """A trainer of `config`'s stage on named micro-batches, with the stage's dropout and non-zero B.
 
     Args:
         config: the run; its `training.num_steps` must be set.
         context: of the process group that is already initialised.
         total_steps: other than `training.num_steps`.
-        packing: as `FixedLoader`.
-        loader_class: a loader with a will of its own.
+        packing: as `FixedLoader` takes it.
+        loader_class: another loader than the default one.
         num_micro_batches: per step, over all data-parallel ranks.
         hooks: of the trainer.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RANDOM_SEED = 20250213
-"""Every rank draws the same random tower when there is no checkpoint."""
+"""Of the random tower, which every rank draws alike when there is no checkpoint."""
 
 
 class HVPTower(nn.Module):

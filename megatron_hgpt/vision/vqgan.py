@@ -220,7 +220,7 @@ class VQGAN(nn.Module):
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def _positive(path: Path, name: str, value: Any) -> int:
+def _positive(path: Path, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{path}: {name}={value!r} must be a positive integer")
     return value

@@ -40,7 +40,7 @@ class AutoencoderConfig:
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a shortcut (1x1 convolution when the number of channels changes)."""
+    """Two normalised 3x3 convolutions beside a shortcut (1x1 convolution when the number of channels changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int = 32) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution."""
+    """Every pixel doubled in both directions (nearest neighbour), then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """As the class says."""
         hidden = self.conv_in(images)
         for level in self.down:
             hidden = level(hidden)
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """As the class says."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)

@@ -79,7 +79,7 @@ def train_vqgan(
     pixels = torch.stack([model.preprocess(image) for image in images])
     split = min(max(1, round(num_steps * _CONTINUOUS_PART)), num_steps - 1)
 
-    views = torch.cat([pixels, pixels.flip(3)])  # mirrored images teach as much as others
+    views = torch.cat([pixels, pixels.flip(3)])  # mirrored images are as good to learn from
     decoder = [*model.post_quant_conv.parameters(), *model.decoder.parameters()]
     encoder = [*model.encoder.parameters(), *model.quant_conv.parameters()]
     fit = functools.partial(_fit, targets=views, generator=generator, progress=progress)
@@ -109,7 +109,10 @@ def _config(resolution: int, num_codes: int) -> VQGANConfig:
 
 @torch.no_grad()
 def _initialize(model: VQGAN, generator: torch.Generator) -> None:
-    """Convolutions keep the variance (PyTorch's lose the image in their biases), residual branches add 0 at first."""
+    """Weights with which convolutions keep the variance and residual branches add nothing at first.
+
+    With PyTorch's own initial weights the image would drown in the biases.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)

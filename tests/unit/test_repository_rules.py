@@ -16,35 +16,13 @@ import yaml
 
 from megatron_hgpt import config
 from megatron_hgpt.config import RunConfig
+from megatron_hgpt.testing.syntax import calls, dotted, imported
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "megatron_hgpt").rglob("*.py"))
 ENVIRONMENT_READERS = {"megatron_hgpt/distributed.py", "megatron_hgpt/cpu_platform.py"}
 EAGER_TRITON = {"megatron_hgpt/hlora/gate_triton.py"}
 """Kernels need triton to be defined; the module itself is imported lazily."""
-
-
-def dotted(node: ast.AST) -> str:
-    """``a.b.c`` of a name or attribute chain; "" for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        inner = dotted(node.value)
-        return f"{inner}.{node.attr}" if inner else ""
-    return ""
-
-
-def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node, node.module
-            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
-
-
-def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == name)
 
 
 def keyword(call: ast.Call, name: str) -> object:

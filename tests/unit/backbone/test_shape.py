@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_hgpt.backbone.shape import (
+    FAMILIES,
     BackboneShape,
     check_tensor_parallel,
     legal_tensor_parallel_sizes,
@@ -76,6 +77,19 @@ def test_rope_theta_is_read_from_either_generation_of_config() -> None:
            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}}  # fmt: skip
     assert read_backbone(old).rope_theta == 5e5
     assert read_backbone(new) == read_backbone(old)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_family_s_row_says_what_transformers_takes_where_a_config_is_silent(architecture: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    family = FAMILIES[architecture]
+    config = CONFIG_MAPPING[family.model_type](pad_token_id=None, num_attention_heads=6, hidden_size=48)
+    assert config.rms_norm_eps == family.default_rms_eps
+    assert (config.num_key_value_heads != 6) == family.requires_num_kv_heads
+    if family.sliding_window != "never":  # transformers keeps any unknown field, and Llama's model reads none
+        windowed = CONFIG_MAPPING[family.model_type](pad_token_id=None, sliding_window=7)
+        assert windowed.sliding_window == (7 if family.sliding_window == "always" else None)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
