@@ -38,6 +38,7 @@ class VLDataset:
         template: the model's chat template.
         system_prompt: the model's system message; None is the template's own.
         num_indices: VQ indices of one image; None leaves it unchecked.
+        max_image_side: `data.max_image_side` of the run, to which larger pictures must have been shrunk.
         features: its feature cache; samples then carry features and no picture is decoded.
         verify_checksums: compare the sha256 of every file (reads all of it); sizes are always compared.
 
@@ -54,6 +55,7 @@ class VLDataset:
         template: str,
         system_prompt: str | None = None,
         num_indices: int | None = None,
+        max_image_side: int = 0,
         features: FeatureCache | None = None,
         verify_checksums: bool = False,
     ) -> None:
@@ -62,19 +64,22 @@ class VLDataset:
         manifest = self._reader.manifest
         self._vocabulary, self._features = vocabulary, features
         self._check("tokenizer (sha256)", manifest["tokenizer"].get("sha256"), tokenizer_hash)
-        self._check("template", manifest["template"].get("name"), template)
+        self._check("template", manifest["template"].get("name"), template, f"model.template={template}")
         prompt = resolve_system_prompt(template, system_prompt)
         self._check("system prompt", manifest["template"].get("system_prompt"), prompt)
+        stored_side = manifest.get("creation", {}).get("max_image_side", 0)
+        side = "largest side of pictures (0: any)"
+        self._check(side, stored_side, max_image_side, f"data.max_image_side={max_image_side}")
         for name, value in describe_vocabulary(vocabulary).items():
             self._check(f"vocabulary {name}", manifest["vocabulary"].get(name), value)
         if num_indices is not None and manifest.get("vq"):
             self._check("VQ indices per image", manifest["vq"].get("num_indices"), num_indices)
 
-    def _check(self, what: str, found: Any, wanted: Any) -> None:
+    def _check(self, what: str, found: Any, wanted: Any, setting: str = "the configuration of this run") -> None:
         if found != wanted:
             raise DataError(
-                f"{self.folder}: {what} of the dataset is {found!r}, the model's is {wanted!r}; write the dataset "
-                "again with the model's settings (tools/preprocess_vl_health.py), or correct the configuration"
+                f"{self.folder}: {what} of the dataset is {found!r}, the run's is {wanted!r}; write the dataset again "
+                f"with {setting} (tools/preprocess_vl_health.py), or correct the configuration"
             )
 
     @property

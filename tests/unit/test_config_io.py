@@ -117,9 +117,9 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("training.seed=true", "training.seed=True must be int"),  # a bool is an int to Python
         ("training.seed=1.5", "training.seed=1.5 must be int"),
         ("training.seed=null", "training.seed=None must be int"),
-        ("training.num_steps=ten", "training.num_steps='ten' must be int or null"),
-        ("optimizer.lr=fast", "optimizer.lr='fast' must be float or null"),
-        ("optimizer.lr=true", "optimizer.lr=True must be float or null"),
+        ("training.num_steps=ten", "training.num_steps='ten' must be int (at least 1) or null"),
+        ("optimizer.lr=fast", "optimizer.lr='fast' must be float (at least 0) or null"),
+        ("optimizer.lr=true", "optimizer.lr=True must be float (at least 0) or null"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1 must be bool"),
         ("name=5", "name=5 must be str"),
         ("data.train=one", "data.train='one' must be list"),
