@@ -90,13 +90,11 @@ def _is_absent(name: str, folder: str, *, is_needed: bool) -> Iterator[str]:
 
 
 def _disagreement(name: str, said: Any, file: Path, key: str, found: Any) -> str:
-    return f"{name}={said!r}, but {file} gives {key}={found!r}; remove the one, or name the folder that fits"
+    return f"{name}={said!r}, but {file} gives {key}={found!r}; leave it out, or name the folder that fits"
 
 
 def _resolve_backbone(model: ModelConfig) -> Iterator[str]:
     if model.backbone is None:
-        if not model.hf_config:
-            yield "model.backbone is not set: name the folder of a Hugging Face causal LM, or a preset for its sizes"
         return
     folder = Path(model.backbone)
     if not folder.is_dir():
@@ -125,7 +123,7 @@ def _backbone_disagreements(
     without = {key: value for key, value in found.items() if key not in _ROPE}
     if rope and not _is_same_model({**without, "rope_theta": shape.rope_theta, **rope}, shape):
         text = ", ".join(f"{key}={value!r}" for key, value in rope.items())
-        yield f"model.hf_config: {text}, but {file} gives rope_theta={shape.rope_theta:g}; remove the one"
+        yield f"model.hf_config: {text}, but {file} gives rope_theta={shape.rope_theta:g}; leave it out"
 
 
 def _is_same_model(config: Mapping[str, Any], shape: BackboneShape) -> bool:
@@ -145,8 +143,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _resolve_tower(vision: VisionConfig) -> Iterator[str]:
     if vision.tower is None:
-        if not vision.hf_config:
-            yield "model.vision.tower is not set: name the folder of a CLIP vision model, or a preset for its sizes"
         return
     folder = Path(vision.tower)
     if not folder.is_dir():
@@ -199,12 +195,9 @@ def _resolve_text(config: RunConfig) -> Iterator[str]:
     model = config.model
     name = "model.backbone" if model.tokenizer is None else "model.tokenizer"
     folder = model.tokenizer or model.backbone
-    if folder is None:
-        if model.vocabulary.text_size is None:
-            yield "set model.tokenizer (or model.backbone, whose tokenizer is then used)"
-    elif not Path(folder).is_dir():
+    if folder is not None and not Path(folder).is_dir():
         yield from _is_absent(name, folder, is_needed=model.vocabulary.text_size is None)
-    else:
+    elif folder is not None:
         try:
             entries = vocabulary_of(read_tokenizer(folder)[0])
         except HealthGPTError as error:
@@ -223,7 +216,7 @@ def _resolve_text_size(model: ModelConfig, folder: str, size: int) -> Iterator[s
     elif said < size:
         yield (
             f"model.vocabulary.text_size={said}, but the tokenizer in {folder} has {size} entries: text and image "
-            "tokens would share ids; remove it, or set it to at least that"
+            "tokens would share ids; leave it out, or set it to at least that"
         )
     rows = model.hf_config.get("vocab_size")
     if model.backbone is not None and Path(model.backbone).is_dir() and isinstance(rows, int) and rows < (said or size):

@@ -76,8 +76,7 @@ def _attempt(problems: list[str], function: Callable[..., _T], *arguments: Any) 
 def _problems(config: RunConfig, world_size: int) -> list[str]:
     """Rules across fields, each as far as earlier problems leave something to check."""
     stage = resolve_stage(config.training)
-    found = [*engine_problems(config), *_run_problems(config, stage)]
-    # Without any hf_config the folder that should have said it is a problem already.
+    found = [*engine_problems(config), *_run_problems(config, stage), *_unnamed_folders(config)]
     shape = _attempt(found, read_backbone, config.model.hf_config) if config.model.hf_config else None
     if shape is not None:
         found += _shape_problems(config, shape)
@@ -90,6 +89,20 @@ def _problems(config: RunConfig, world_size: int) -> list[str]:
     if config.model.vision.hf_config:
         found += _vision_problems(config, stage)
     return [*found, *_plugin_problems(config, stage), *_data_problems(config, stage), *_packing_problems(config)]
+
+
+def _unnamed_folders(config: RunConfig) -> Iterator[str]:
+    """Sizes that nothing says; a folder that is named and says nothing is a problem of its own already."""
+    model = config.model
+    if model.backbone is None and not model.hf_config:
+        yield "model.backbone is not set: name the folder of a Hugging Face causal LM, or a preset for its sizes"
+    if model.vision.tower is None and not model.vision.hf_config:
+        yield "model.vision.tower is not set: name the folder of a CLIP vision model, or a preset for its sizes"
+    if model.tokenizer is None and model.backbone is None and model.vocabulary.text_size is None:
+        yield _NO_TOKENIZER
+
+
+_NO_TOKENIZER = "set model.tokenizer (or model.backbone, whose tokenizer is then used)"
 
 
 def _run_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
@@ -280,7 +293,7 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
     for absent in absent_folders(model):
         yield f"{absent} is not a folder"
     if model.tokenizer is None and model.backbone is None:
-        yield "set model.tokenizer (or model.backbone, whose tokenizer is then used)"
+        yield _NO_TOKENIZER
     if not data.train:
         yield "data.train is empty: name at least one folder written by tools/preprocess_vl_health.py"
     for name in ("train", "validation"):

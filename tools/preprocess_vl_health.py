@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
             template=template_of(model),
             system_prompt=model.system_prompt,
             num_indices=model.vq.indices,
-            num_image_tokens=model.vision.num_image_tokens,
+            # Without any word about the tower, CLIP ViT-L/14-336's.
+            num_image_tokens=model.vision.num_image_tokens if model.vision.hf_config else 576,
             max_seq_length=model.max_seq_length,
             max_image_side=config.data.max_image_side,
             max_consecutive_skips=arguments.max_consecutive_skips,

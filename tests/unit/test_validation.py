@@ -64,7 +64,7 @@ def test_the_base_of_these_tests_is_valid() -> None:
         (3, [], "x data parallel size (3) = 3"),
         (1, ["training.num_epochs=1"], "set one of training.num_steps=10 and training.num_epochs=1 only"),
         (1, ["training.num_steps=0"], "training.num_steps=0 must be int (at least 1) or null"),
-        (1, ["training.num_steps=null", "training.num_epochs=-1"], "training.num_epochs=-1 must be float (above 0) or null"),
+        (1, ["training.num_steps=null", "training.num_epochs=-1"], "training.num_epochs=-1 must be float (above 0)"),
         (1, ["training.precision=fp16"], "training.precision='fp16' must be one of bf16, fp32, fp8"),
         (1, ["model.transformer_impl=te"], "model.transformer_impl='te' must be one of auto, local, tra"),
         (
@@ -188,7 +188,7 @@ def test_published_hyper_parameters(path: Path) -> None:
     assert stage.lr_of(main_group, config.optimizer.lr, config.optimizer.adapter_lr) == expected_lr
     assert global_batch_size(config) == expected_batch
     assert config.training.precision == "bf16"
-    assert config.training.num_epochs == 1
+    assert (config.training.num_steps, config.training.num_epochs) == (None, None)  # one epoch
     stages_before = {source.split(f"{family}_", 1)[1] for source in config.checkpoint.init_from}
     assert all((CONFIGS / f"{family}_{before}.yaml").is_file() for before in stages_before)
     assert bool(stages_before) == (not name.startswith("stage1"))
