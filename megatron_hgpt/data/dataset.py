@@ -64,22 +64,23 @@ class VLDataset:
         manifest = self._reader.manifest
         self._vocabulary, self._features = vocabulary, features
         self._check("tokenizer (sha256)", manifest["tokenizer"].get("sha256"), tokenizer_hash)
-        self._check("template", manifest["template"].get("name"), template, f"model.template={template}")
+        self._check("template", manifest["template"].get("name"), template, "model.template")
         prompt = resolve_system_prompt(template, system_prompt)
         self._check("system prompt", manifest["template"].get("system_prompt"), prompt)
         stored_side = manifest.get("creation", {}).get("max_image_side", 0)
         side = "largest side of pictures (0: any)"
-        self._check(side, stored_side, max_image_side, f"data.max_image_side={max_image_side}")
+        self._check(side, stored_side, max_image_side, "data.max_image_side")
         for name, value in describe_vocabulary(vocabulary).items():
             self._check(f"vocabulary {name}", manifest["vocabulary"].get(name), value)
         if num_indices is not None and manifest.get("vq"):
             self._check("VQ indices per image", manifest["vq"].get("num_indices"), num_indices)
 
-    def _check(self, what: str, found: Any, wanted: Any, setting: str = "the configuration of this run") -> None:
+    def _check(self, what: str, found: Any, wanted: Any, field: str | None = None) -> None:
         if found != wanted:
+            otherwise = "correct the configuration" if field is None else f"set {field}={found}"
             raise DataError(
                 f"{self.folder}: {what} of the dataset is {found!r}, the run's is {wanted!r}; write the dataset again "
-                f"with {setting} (tools/preprocess_vl_health.py), or correct the configuration"
+                f"with this run's configuration (tools/preprocess_vl_health.py), or {otherwise}"
             )
 
     @property
