@@ -89,6 +89,10 @@ def _is_absent(name: str, folder: str, *, is_needed: bool) -> Iterator[str]:
         yield f"{name}={folder} is not a folder"
 
 
+def _line(name: str, error: object) -> str:
+    return f"{name}: {' '.join(str(error).split())}"  # YAML's own messages have several lines
+
+
 def _disagreement(name: str, said: Any, file: Path, key: str, found: Any) -> str:
     return f"{name}={said!r}, but {file} gives {key}={found!r}; leave it out, or name the folder that fits"
 
@@ -105,7 +109,7 @@ def _resolve_backbone(model: ModelConfig) -> Iterator[str]:
         found = read_json(file, CheckpointError)
         shape = read_backbone(found)
     except HealthGPTError as error:
-        yield f"model.backbone: {error}" if str(file) in str(error) else f"{file}: {error}"
+        yield _line("model.backbone", error if str(file) in str(error) else f"{file}: {error}")
         return
     yield from _backbone_disagreements(model.hf_config, found, shape, file)
     model.hf_config = found
@@ -152,7 +156,7 @@ def _resolve_tower(vision: VisionConfig) -> Iterator[str]:
     try:
         content = read_json(file, CheckpointError)
     except CheckpointError as error:
-        yield f"model.vision.tower: {error}"
+        yield _line("model.vision.tower", error)
         return
     nested = content.get("vision_config", content)
     kind = nested.get("model_type", "clip_vision_model") if isinstance(nested, dict) else type(nested).__name__
@@ -178,7 +182,7 @@ def _resolve_vqgan(vq: VQConfig) -> Iterator[str]:
         try:
             config = VQGANConfig.load(file)
         except HealthGPTError as error:
-            yield f"model.vq.path: {error}"
+            yield _line("model.vq.path", error)
             return
         found = {"num_codes": config.n_embed, "num_indices": config.ddconfig.latent_resolution**2}
         names = {"num_codes": "n_embed", "num_indices": "indices per image"}
@@ -201,7 +205,7 @@ def _resolve_text(config: RunConfig) -> Iterator[str]:
         try:
             entries = vocabulary_of(read_tokenizer(folder)[0])
         except HealthGPTError as error:
-            yield f"{name}: {error}"
+            yield _line(name, error)
         else:
             yield from _resolve_text_size(model, folder, 1 + max(entries.values()))
             yield from _resolve_template(config, folder, entries)

@@ -23,11 +23,14 @@ from megatron_hgpt.backbone.transformer import check_override_names, transformer
 from megatron_hgpt.batching import data_parallel_size, global_batch_size
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
 from megatron_hgpt.config_io import Problem, check_types
+from megatron_hgpt.data.dataset import manifest_problems
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
-from megatron_hgpt.errors import ConfigError, raise_problems
+from megatron_hgpt.errors import ConfigError, DataError, raise_problems
+from megatron_hgpt.files import read_json
 from megatron_hgpt.model_folders import absent_folders, resolve_model, with_read_problems
 from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.stages import Stage, resolve_stage
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 _T = TypeVar("_T")
@@ -57,6 +60,7 @@ def find_problems(
     if wrong:
         config = checked  # the rules across fields then see defaults in place of what is no value at all
     problems = [*resolve_model(config), *_problems(config, world_size)]
+    problems += _dataset_problems(config)
     if check_paths:
         _attempt(problems, resolve_transformer_impl, config.model, config.training)
         requirements: list[str] = _attempt(problems, list, missing_requirements(config)) or []
@@ -286,6 +290,29 @@ def _interleaving_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
             f"{count} micro-batches per rank: the interleaved schedule needs a multiple of "
             f"parallel.pipeline_model_parallel_size={size}; change training.global_batch_size or micro_batch_size"
         )
+
+
+def _dataset_problems(config: RunConfig) -> Iterator[str]:
+    """Datasets that are here and were written for another model: said now, and not when the model is built."""
+    model, data = config.model, config.data
+    if None in (model.template, model.vocabulary.text_size, model.vq.num_codes):
+        return
+    for folder in dict.fromkeys((*data.train, *data.validation)):
+        try:
+            manifest = read_json(Path(folder) / "manifest.json")
+        except DataError:
+            continue  # not here, which is said elsewhere where it matters, or damaged, which the loader says
+        if "template" in manifest:
+            yield from manifest_problems(
+                Path(folder),
+                manifest,
+                vocabulary=Vocabulary.from_config(model),
+                tokenizer_hash=None,
+                template=template_of(model),
+                system_prompt=model.system_prompt,
+                num_indices=model.vq.num_indices,
+                max_image_side=data.max_image_side,
+            )
 
 
 def _missing_paths(config: RunConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,36 @@ def test_a_dry_run_reads_the_folders_that_are_here_and_names_the_others(folders:
     validate(config, 1, check_paths=False)
     text = describe(config, 1)
     assert "# not on this machine, taken as the configuration describes them\n\nmodel.backbone=absent" in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "content", "message"),
+    [
+        ("lm", "config.json", "{", r"model\.backbone: cannot read .*config\.json: "),
+        ("lm", "config.json", '{"architectures": ["GPT2LMHeadModel"]}', r"model\.backbone: .*config\.json: .*'GPT2LMHead"),
+        ("lm", "tokenizer.json", "{}", r"model\.backbone: .*tokenizer\.json: no tokenizer can be loaded"),
+        ("clip", "config.json", "[]", r"model\.vision\.tower: .*config\.json holds a list"),
+        ("vqgan", "model.yaml", "model: [\n- {", r"model\.vq\.path: .*model\.yaml is not YAML"),
+        ("vqgan", "model.yaml", "model: {}", r"model\.vq\.path: .*model\.yaml lacks"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_named_in_one_line(
+    folder: str, file: str, content: str, message: str, folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / folder, tmp_path / folder)
+    (tmp_path / folder / file).write_text(content)
+    key = {"lm": "model.backbone", "clip": "model.vision.tower", "vqgan": "model.vq.path"}[folder]
+    text = _message(folders, [f"{key}={tmp_path / folder}"])
+    assert re.match(message, text), text
+    assert "\n" not in text
+
+
+def test_a_dataset_of_another_template_is_named_before_anything_is_built(folders: Path, tmp_path: Path) -> None:
+    manifest = {"template": {"name": "plain", "system_prompt": ""}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    text = _message(folders, [f"data.train=[{tmp_path}]"])
+    assert f"{tmp_path}: template of the dataset is 'plain', the run's is 'phi3_instruct'" in text
+    assert "or set model.template=plain" in text
 
 
 def test_a_configuration_built_in_python_is_checked_as_well(folders: Path) -> None:
