@@ -175,7 +175,7 @@ def test_a_dry_run_reads_the_folders_that_are_here_and_names_the_others(folders:
     ("folder", "file", "content", "message"),
     [
         ("lm", "config.json", "{", r"model\.backbone: cannot read .*config\.json: "),
-        ("lm", "config.json", '{"architectures": ["GPT2LMHeadModel"]}', r"model\.backbone: .*config\.json: .*'GPT2LMHead"),
+        ("lm", "config.json", '{"architectures": ["GPT2LMHeadModel"]}', r"model\.backbone: .*'GPT2LMHead"),
         ("lm", "tokenizer.json", "{}", r"model\.backbone: .*tokenizer\.json: no tokenizer can be loaded"),
         ("clip", "config.json", "[]", r"model\.vision\.tower: .*config\.json holds a list"),
         ("vqgan", "model.yaml", "model: [\n- {", r"model\.vq\.path: .*model\.yaml is not YAML"),
