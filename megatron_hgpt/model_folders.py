@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ CLIP_DEFAULTS: Mapping[str, Any] = {
     "patch_size": 32,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
-    "projection_dim": 512,
 }
 """What is read of a tower, with CLIPVisionConfig's own defaults: transformers leaves a value out where it has them."""
 
@@ -56,7 +56,9 @@ def load_resolved(
 
 def with_read_problems(problems: Sequence[str], read: Sequence[Problem]) -> list[str]:
     """All messages; of the later ones only those that are not about a value which could not be read."""
-    return [*(p.message for p in read), *(text for text in problems if not any(p.field in text for p in read))]
+    names = [re.compile(rf"\b{re.escape(problem.field)}\b") for problem in read]
+    later = [text for text in problems if not any(name.search(text) for name in names)]
+    return [*(problem.message for problem in read), *later]
 
 
 def resolve_model(config: RunConfig) -> list[str]:

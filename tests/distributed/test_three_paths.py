@@ -124,11 +124,11 @@ def _train(run: Path) -> None:
     main(load_resolved(run, SHORT))
 
 
-def _template_of_the_run(folder: Path) -> tuple[str, int]:
+def _generator_of_the_run(folder: Path) -> tuple[str, int, int]:
     from megatron_hgpt.inference.loading import load_run
 
-    generator = load_run(folder).generator
-    return generator.template, generator.num_indices
+    generator = load_run(folder, overrides=["data.max_image_side=512"]).generator
+    return generator.template, generator.num_indices, generator.max_image_side
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +149,7 @@ def test_stage_1_comprehension_trains_on_plain_captions_and_answers_so(shared: P
     run = _write_run(tmp_path, shared, "phi3", "stage1_comprehension")
     assert _preprocess(run, shared)["template"]["name"] == "plain"
     run_ranks(_train, 1, run)
-    assert run_ranks(_template_of_the_run, 1, tmp_path / "runs" / "run") == [("plain", 4)]
+    assert run_ranks(_generator_of_the_run, 1, tmp_path / "runs" / "run") == [("plain", 4, 512)]
     # The same dataset does not fit a stage that has the chat template.
     run.write_text(run.read_text().replace("stage1_comprehension", "stage3_comprehension"))
     with pytest.raises(AssertionError, match="template of the dataset is 'plain', the run's is 'phi3_instruct'; write"):

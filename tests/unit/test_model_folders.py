@@ -150,6 +150,14 @@ def test_all_wrong_values_are_named_in_one_message(folders: Path) -> None:
     assert len(lines) - 1 == len(WRONG) + 1  # three pipeline stages fit neither one process nor two layers
 
 
+def test_what_follows_from_an_unreadable_value_is_not_said_and_the_rest_is(folders: Path) -> None:
+    message = _message(folders, ["data.train=5", "model.vq.num_code=3", "model.vq.num_codes=8192"])
+    assert "data.train=5 must be list" in message
+    assert "data.train is empty" not in message
+    assert "unknown key model.vq.num_code; did you mean model.vq.num_codes?" in message
+    assert "model.vq.num_codes=8192, but" in message  # another field than the unknown one
+
+
 def test_all_missing_folders_are_named_in_one_message(folders: Path) -> None:
     paths = ["model.backbone", "model.vision.tower", "model.vq.path"]
     message = _message(folders, [f"{path}=absent" for path in paths])
