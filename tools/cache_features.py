@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from megatron_hgpt import distributed
-from megatron_hgpt.config_io import load_config, preset_names
+from megatron_hgpt.config_io import preset_names
 from megatron_hgpt.data.feature_cache import DTYPES
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.errors import ConfigError, HealthGPTError
+from megatron_hgpt.model_folders import load_resolved
 from megatron_hgpt.samples import TASKS
 from megatron_hgpt.vision.clip import HVPTower
 
@@ -55,7 +56,7 @@ def _device(rank: int) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Cache the folders that are this process's share, and print a line for each."""
-    config = load_config(arguments.config, arguments.overrides, arguments.preset)
+    config = load_resolved(arguments.config, arguments.overrides, arguments.preset)
     rank, world_size = distributed.rank_from_environment(), distributed.world_size_from_environment()
     name = arguments.name or config.data.feature_cache or "features"
     folders = arguments.dataset or [Path(folder) for folder in (*config.data.train, *config.data.validation)]

@@ -71,15 +71,15 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
     Raises:
         ConfigError: an argument that is malformed or does not fit another one.
     """
-    from megatron_hgpt.config_io import load_config
     from megatron_hgpt.errors import ConfigError
+    from megatron_hgpt.model_folders import load_resolved
     from megatron_hgpt.planner.hardware import Cluster, gpu_named
     from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens
     from megatron_hgpt.samples import TASKS
 
     if not (arguments.preset or arguments.config):
         raise ConfigError("name a model: --preset healthgpt_m3, healthgpt_l14 … or --config FILE")
-    config = load_config(arguments.config, arguments.overrides, arguments.preset)
+    config = load_resolved(arguments.config, arguments.overrides, arguments.preset)
     training = config.training
     if arguments.stage:
         training.stage = arguments.stage

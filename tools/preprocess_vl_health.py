@@ -10,7 +10,6 @@ from the run's configuration, so that the dataset fits the model that is trained
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.config import ModelConfig
-from megatron_hgpt.config_io import load_config, preset_names
+from megatron_hgpt.config_io import preset_names
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
 from megatron_hgpt.errors import ConfigError, HealthGPTError
+from megatron_hgpt.model_folders import load_resolved
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
 
@@ -37,9 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML run configuration, for its section `model`")
     parser.add_argument("--preset", choices=preset_names(), help="a model that lies beneath the file")
     parser.add_argument("--source", help="name of the source in the statistics (default: each file's name)")
-    parser.add_argument(
-        "--max-image-side", type=int, default=1024, metavar="PIXELS", help="store larger pictures smaller; 0 keeps all"
-    )
     parser.add_argument("--workers", type=int, default=0, help="threads that decode pictures (default: 0, inline)")
     parser.add_argument("--window", type=int, default=32, help="records handled together, also the VQGAN's batch")
     parser.add_argument("--device", default="cpu", help="device of the VQGAN")
@@ -70,15 +68,6 @@ def _load_vqgan(model: ModelConfig, device: str) -> _OnDevice | None:
     return _OnDevice(VQGAN.load(Path(model.vq.path), device), device)
 
 
-def _num_image_tokens(model: ModelConfig) -> int:
-    """Patches of the tower, CLIP ViT-L/14-336's where the configuration does not say."""
-    values = dict(model.vision.hf_config)
-    if model.vision.tower is not None and (Path(model.vision.tower) / "config.json").is_file():
-        values = json.loads((Path(model.vision.tower) / "config.json").read_text())
-        values = values.get("vision_config", values)
-    return (int(values.get("image_size", 336)) // int(values.get("patch_size", 14))) ** 2
-
-
 def main(argv: Sequence[str]) -> int:
     """Entry point: returns the exit status; a user's mistake is one line, not a traceback."""
     arguments = build_parser().parse_intermixed_args(list(argv))
@@ -86,17 +75,19 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_hgpt").setLevel(level)
     try:
-        model = load_config(arguments.config, arguments.overrides, arguments.preset).model
+        config = load_resolved(arguments.config, arguments.overrides, arguments.preset)
+        model = config.model
         folder = model.tokenizer or model.backbone
         if folder is None:
             raise ConfigError("neither model.tokenizer nor model.backbone names a folder; set one of them")
         options = PreprocessOptions(
-            template=model.template,
+            template=template_of(model),
             system_prompt=model.system_prompt,
-            num_indices=model.vq.num_indices,
-            num_image_tokens=_num_image_tokens(model),
+            num_indices=model.vq.indices,
+            # Without any word about the tower, CLIP ViT-L/14-336's.
+            num_image_tokens=model.vision.num_image_tokens if model.vision.hf_config else 576,
             max_seq_length=model.max_seq_length,
-            max_image_side=arguments.max_image_side,
+            max_image_side=config.data.max_image_side,
             max_consecutive_skips=arguments.max_consecutive_skips,
             num_workers=arguments.workers,
             window=arguments.window,

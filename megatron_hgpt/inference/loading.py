@@ -7,10 +7,11 @@ from pathlib import Path
 
 from megatron_hgpt import distributed
 from megatron_hgpt.config import ParallelConfig, RunConfig
-from megatron_hgpt.config_io import load_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.inference.generator import Generator
+from megatron_hgpt.model_folders import load_resolved
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.vision.vqgan import VQGAN
 
 
@@ -56,7 +57,7 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     from megatron_hgpt.text.tokenizer import TextTokenizer
 
     folder = resolve_folder(run)
-    config = load_config(folder / "resolved_config.yaml", overrides or [])
+    config = load_resolved(folder / "resolved_config.yaml", overrides or [])
     config.parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     context = distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config, context.device)
@@ -65,9 +66,10 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     generator = Generator(
         model,
         tokenizer,
-        template=config.model.template,
-        num_indices=config.model.vq.num_indices,
+        template=template_of(config.model),
+        num_indices=config.model.vq.indices,
         system_prompt=config.model.system_prompt,
+        max_image_side=config.data.max_image_side,
     )
     vqgan = VQGAN.load(Path(config.model.vq.path), context.device) if config.model.vq.path else None
     return LoadedRun(config=config, context=context, generator=generator, vqgan=vqgan)

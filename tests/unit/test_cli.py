@@ -35,7 +35,7 @@ def test_a_dry_run_prints_configuration_parameters_and_arithmetic(capsys: pytest
     ("arguments", "message"),
     [
         (["training.lrr=1"], "did you mean optimizer.lr?"),
-        (["parallel.tensor_model_parallel_size=3"], "use 1, 2, 4"),
+        (["parallel.tensor_model_parallel_size=3", "model.vocabulary.pad_to_multiple=192"], "use 1, 2, 4"),
         (["model.vision.hf_config=5"], "model.vision.hf_config=5 must be dict"),
     ],
 )
