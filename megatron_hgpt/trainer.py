@@ -16,12 +16,12 @@ from megatron_hgpt.checkpoint import Checkpointer
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines import build_engine
-from megatron_hgpt.forward_step import LossReport
+from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.parameters import named_parameters
-from megatron_hgpt.samples import TASKS, MicroBatch
+from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -111,57 +111,32 @@ class Trainer:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
         batches: list[MicroBatch] = self.loader.next_step()
-        reports = self.engine.accumulate(batches)
+        totals = LossTotals()
+        for report in self.engine.accumulate(batches):
+            totals.add(report)
         self.audit.check(batches)
-        totals = self._reduce(reports)
-        mark_idle_groups(self.engine.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
+        totals.reduce(self.context)
+        mark_idle_groups(self.engine.optimizer, totals.trained_tasks)
         self.scheduler.step(1)
         rates = learning_rates(self.engine.optimizer)
         grad_norm = self.engine.step()
         self.step += 1
         return self._record(totals, rates, grad_norm, time.perf_counter() - started)
 
-    def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
-        """Sums over data-parallel ranks: per task loss and supervised tokens; content tokens, positions and samples.
-
-        Only the last pipeline stage has reports; every stage is told.
-        """
-        from megatron.core import parallel_state
-
-        totals: dict[str, dict[str, float]] = {task.value: {"loss": 0.0, "tokens": 0.0} for task in TASKS}
-        totals["all"] = {"num_tokens": 0.0, "num_positions": 0.0, "num_samples": 0.0}
-        for report in reports:
-            for task, (loss_sum, num_tokens) in report["losses"].items():
-                totals[task.value]["loss"] += float(loss_sum)
-                totals[task.value]["tokens"] += float(num_tokens)
-            for name in totals["all"]:
-                totals["all"][name] += report[name]
-        values = [value for row in totals.values() for value in row.values()]
-        sums = torch.tensor(values, dtype=torch.float64, device=self.context.device)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if self.context.pp_size > 1:
-            torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-        summed = iter(sums.tolist())
-        return {key: {name: next(summed) for name in row} for key, row in totals.items()}
-
-    def _record(
-        self, totals: dict[str, dict[str, float]], rates: dict[str, float], grad_norm: float, seconds: float
-    ) -> StepRecord:
-        per_task = {task.value: totals[task.value] for task in TASKS}
-        num_supervised = sum(row["tokens"] for row in per_task.values())
-        every = totals["all"]
+    def _record(self, totals: LossTotals, rates: dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
+        every = totals.all_tasks
         return StepRecord(
             step=self.step,
-            loss=sum(row["loss"] for row in per_task.values()) / max(num_supervised, 1.0),
-            loss_per_task={task: row["loss"] / row["tokens"] for task, row in per_task.items() if row["tokens"] > 0},
-            num_supervised_tokens=int(num_supervised),
-            num_tokens=int(every["num_tokens"]),
-            num_samples=int(every["num_samples"]),
-            padding_share=1 - every["num_tokens"] / max(every["num_positions"], 1.0),
+            loss=every.mean,
+            loss_per_task=totals.loss_per_task,
+            num_supervised_tokens=int(every.num_tokens),
+            num_tokens=int(totals.num_content_tokens),
+            num_samples=int(totals.num_samples),
+            padding_share=1 - totals.num_content_tokens / max(totals.num_positions, 1.0),
             learning_rates=rates,
             grad_norm=grad_norm,
             step_time_s=seconds,
-            tokens_per_s=every["num_tokens"] / seconds,
+            tokens_per_s=totals.num_content_tokens / seconds,
         )
 
     def _restore(self) -> None:
