@@ -209,6 +209,10 @@ class TrainingConfig:
     """Stage-1 generation: train the new vocabulary rows only (rows), all rows (full) or none."""
     recompute: str | None = None
     """None, selective or full activation recomputation."""
+    validation_interval_steps: int = 0
+    """Optimizer steps between validations on data.validation; 0 validates after the last step only."""
+    validation_samples: int | None = None
+    """Samples per task at most in one validation; None takes all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,6 +245,10 @@ class LoggingConfig:
     num_sample_images: int = 4
     """Images drawn each time."""
     progress_bar: bool = True
+    wandb_project: str | None = None
+    """Project of Weights & Biases that the run is logged to; None logs nothing there."""
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow that the run is logged to; None logs nothing there."""
 
 
 @dataclass(kw_only=True, slots=True)
