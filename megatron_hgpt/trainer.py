@@ -1,28 +1,35 @@
-"""The training loop: steps, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
+"""The training loop: steps, schedule, validation, checkpoints, hooks. Knows nothing of H-LoRA or images."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_hgpt.checkpoint import Checkpointer
-from megatron_hgpt.config import RunConfig
-from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines import build_engine
 from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.base import StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.parameters import named_parameters
-from megatron_hgpt.samples import MicroBatch
-from megatron_hgpt.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron_hgpt.checkpoint import Checkpointer
+    from megatron_hgpt.config import RunConfig
+    from megatron_hgpt.data.loader import TrainLoader
+    from megatron_hgpt.data.validation_loader import ValidationLoader
+    from megatron_hgpt.distributed import DistributedContext
+    from megatron_hgpt.hooks.base import Hook
+    from megatron_hgpt.model.healthgpt import HealthGPT
+    from megatron_hgpt.stages import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +42,11 @@ class Trainer:
         stage: the resolved row of the stage table.
         context: this process's place in the layout.
         models: the bare model of this pipeline stage, or its interleaved chunks, frozen except for the stage's groups.
-        loader: yields this rank's micro-batches per step (`data.loader.TrainLoader`).
+        loader: yields this rank's micro-batches per step.
         total_steps: optimizer steps of the stage.
         checkpointer: saves and restores.
         hooks: side effects.
+        validation: the held-out samples; None where there are none.
     """
 
     def __init__(
@@ -47,15 +55,16 @@ class Trainer:
         config: RunConfig,
         stage: Stage,
         context: DistributedContext,
-        models: Sequence[Any],
-        loader: Any,
+        models: Sequence[HealthGPT],
+        loader: TrainLoader,
         total_steps: int,
         checkpointer: Checkpointer,
         hooks: Sequence[Hook] = (),
+        validation: ValidationLoader | None = None,
     ) -> None:
         self.config, self.stage, self.context = config, stage, context
         self.models, self.loader, self.total_steps = list(models), loader, total_steps
-        self.checkpointer, self.hooks = checkpointer, list(hooks)
+        self.checkpointer, self.hooks, self.validation = checkpointer, list(hooks), validation
         self.step = 0
         self._stop_requested = False
         self.audit = GradientAudit(named_parameters(self.models))
@@ -87,6 +96,8 @@ class Trainer:
                 for hook in self.hooks:
                     hook.on_step_end(self.state, record)
                 stop = self._agree_to_stop()
+                if not stop and self._is_validation_due():
+                    self.validate()
                 due = self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
                 if due or stop or self.step == self.total_steps:
                     self.checkpointer.save(
@@ -96,8 +107,9 @@ class Trainer:
                 if stop:
                     logger.warning("stopped by a signal after step %d; start again to resume", self.step)
                     break
+            finished = dataclasses.replace(self.state, sample_counts=self._sample_counts())
             for hook in self.hooks:
-                hook.on_fit_end(self.state)
+                hook.on_fit_end(finished)
         except BaseException as error:
             # Peers may sit in a collective that this rank will never join: no communication from here on.
             for hook in self.hooks:
@@ -110,7 +122,7 @@ class Trainer:
     def train_step(self) -> StepRecord:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
-        batches: list[MicroBatch] = self.loader.next_step()
+        batches = self.loader.next_step()
         totals = LossTotals()
         for report in self.engine.accumulate(batches):
             totals.add(report)
@@ -122,6 +134,40 @@ class Trainer:
         grad_norm = self.engine.step()
         self.step += 1
         return self._record(totals, rates, grad_norm, time.perf_counter() - started)
+
+    def validate(self) -> ValidationRecord:
+        """Loss per task over the held-out samples, alike on every rank; training goes on as if it had not been."""
+        assert self.validation is not None
+        for hook in self.hooks:
+            hook.on_validation_start(self.state)
+        started = time.perf_counter()
+        totals = {task: LossTotals() for task in self.stage.tasks}
+        for chunk in self.validation.chunks():
+            reports = self.engine.evaluate(chunk.batches)
+            # Only the last pipeline stage has reports.
+            for report, batch, is_counted in zip(reports, chunk.batches, chunk.is_counted, strict=False):
+                if is_counted and batch.task is not None:
+                    totals[batch.task].add(report)
+        for total in totals.values():
+            total.reduce(self.context)
+        losses = [total.all_tasks for total in totals.values()]
+        num_tokens = sum(float(loss.num_tokens) for loss in losses)
+        record = ValidationRecord(
+            step=self.step,
+            loss=sum(float(loss.loss_sum) for loss in losses) / max(num_tokens, 1.0),
+            loss_per_task={task: loss for total in totals.values() for task, loss in total.loss_per_task.items()},
+            num_samples_per_task={task.value: int(total.num_samples) for task, total in totals.items()},
+            num_tokens=int(num_tokens),
+            time_s=time.perf_counter() - started,
+        )
+        for hook in self.hooks:
+            hook.on_validation(self.state, record)
+        return record
+
+    def _is_validation_due(self) -> bool:
+        interval = self.config.training.validation_interval_steps
+        is_due = self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
+        return self.validation is not None and is_due
 
     def _record(self, totals: LossTotals, rates: dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
         every = totals.all_tasks
@@ -147,12 +193,23 @@ class Trainer:
         self.loader.load_state_dict(restored.loader_state)
         self.scheduler.num_steps = restored.step
         self.scheduler.step(0)
-        logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
+        logger.info("resumed from %s: %d of %d steps are done", restored.path, self.step, self.total_steps)
+        for change in restored.changes:
+            logger.info("changed since that checkpoint: %s", change)
 
     def _announce_checkpoints(self, *, wait: bool) -> None:
-        for path in self.checkpointer.published(wait=wait):
+        for checkpoint in self.checkpointer.published(wait=wait):
             for hook in self.hooks:
-                hook.on_checkpoint_saved(self.state, path)
+                hook.on_checkpoint_saved(self.state, checkpoint)
+
+    def _sample_counts(self) -> dict[str, int]:
+        """Truncated and skipped samples over the data-parallel ranks; every rank must call it."""
+        from megatron.core import parallel_state
+
+        counts: list[Any] = [None] * self.context.dp_size
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_gather_object(counts, dict(self.loader.counts), group=group)
+        return dict(sum(map(Counter, counts), Counter()))
 
     def _listen_for_termination(self) -> dict[int, Any]:
         """Finish the step and save on SIGTERM and SIGINT (Slurm, Ctrl-C); a second signal ends the process at once."""
