@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -24,14 +24,30 @@ from megatron_hgpt.parameters import named_parameters
 if TYPE_CHECKING:
     from megatron_hgpt.checkpoint import Checkpointer
     from megatron_hgpt.config import RunConfig
-    from megatron_hgpt.data.loader import TrainLoader
     from megatron_hgpt.data.validation_loader import ValidationLoader
     from megatron_hgpt.distributed import DistributedContext
     from megatron_hgpt.hooks.base import Hook
     from megatron_hgpt.model.healthgpt import HealthGPT
+    from megatron_hgpt.samples import MicroBatch
     from megatron_hgpt.stages import Stage
 
 logger = logging.getLogger(__name__)
+
+
+class StepLoader(Protocol):
+    """What the trainer needs of a loader; see `data.loader.TrainLoader`."""
+
+    counts: Counter[str]
+    """Samples of this rank that were truncated, and skipped by reason."""
+
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, for a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
 
 
 class Trainer:
@@ -42,7 +58,7 @@ class Trainer:
         stage: the resolved row of the stage table.
         context: this process's place in the layout.
         models: the bare model of this pipeline stage, or its interleaved chunks, frozen except for the stage's groups.
-        loader: yields this rank's micro-batches per step.
+        loader: yields this rank's micro-batches per step (`data.loader.TrainLoader`).
         total_steps: optimizer steps of the stage.
         checkpointer: saves and restores.
         hooks: side effects.
@@ -56,7 +72,7 @@ class Trainer:
         stage: Stage,
         context: DistributedContext,
         models: Sequence[HealthGPT],
-        loader: TrainLoader,
+        loader: StepLoader,
         total_steps: int,
         checkpointer: Checkpointer,
         hooks: Sequence[Hook] = (),

@@ -97,7 +97,9 @@ class Checkpointer:
     def _base(self) -> dict[str, str]:
         return base_identity(self.config)
 
-    def save(self, models: Sequence[HealthGPT], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]) -> None:
+    def save(
+        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]
+    ) -> None:
         """Write ``step_<step>``, or start to; every rank must call it. An earlier save that still writes is awaited.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Validation on gloo: one loss at every layout, each held-out sample counted once, and training goes on as without it."""
+"""Validation on gloo: one loss at every layout, each held-out sample counted once, training as if without it."""
 
 from __future__ import annotations
 
