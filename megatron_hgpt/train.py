@@ -147,10 +147,13 @@ class _ConsoleFormatter(logging.Formatter):
 
 
 def _configure_logging(is_writer: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
     logging.basicConfig()
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:  # the console, not a file or a test's recorder
             handler.setFormatter(_ConsoleFormatter())
     logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.ERROR)
+    transformers_logging.disable_progress_bar()  # every rank would draw one for the tower's few weights
     # It announces at every start, as warnings, that its optional machinery is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

@@ -97,8 +97,11 @@ class ConsoleHook(Hook):
 
 
 def _figures(record: StepRecord) -> str:
-    rates = ", ".join(
-        f"{'lr' if name == 'default' else f'{name} lr'} {rate:.2e}" for name, rate in record.learning_rates.items()
+    rates = f"lr {record.learning_rates['default']:.2e}"
+    rates += "".join(
+        f", {name} lr {rate:.2e}"
+        for name, rate in record.learning_rates.items()
+        if rate != record.learning_rates["default"]
     )
     return (
         f"loss {losses(record.loss, record.loss_per_task)}, {rates}, grad norm {record.grad_norm:.3f}, "
@@ -129,7 +132,10 @@ def summary_lines(state: TrainState, summary: dict[str, Any], checkpoint: Path |
         rows["samples"] = counts
     if checkpoint is not None:
         rows["checkpoint"] = str(checkpoint)
-    rows["next"] = _what_next(state, checkpoint) if is_done else "start the same command again to go on"
+    if is_done:
+        rows |= _what_next(state, checkpoint or state.output_dir)
+    else:
+        rows["next"] = "start the same command again to go on"
     return lines + [f"  {name:<12}{text}" for name, text in rows.items()]
 
 
@@ -140,14 +146,13 @@ def _sample_counts(counts: dict[str, int]) -> str:
     return ", ".join(parts)
 
 
-def _what_next(state: TrainState, checkpoint: Path | None) -> str:
-    path = shlex.quote(str(checkpoint or state.output_dir))
+def _what_next(state: TrainState, trained: Path) -> dict[str, str]:
     draws = Task.COMPREHENSION not in resolve_stage(state.config.training).tasks
     ask = '--question "Reconstruct the image." --draw drawn.png' if draws else '--question "What does it show?"'
-    command = f"hgpt generate --checkpoint {path} --image PICTURE {ask}"
-    if state.stage.startswith("stage3"):
-        return command
-    return f"{command}, or the next stage with 'checkpoint.init_from=[{checkpoint or state.output_dir}]'"
+    rows = {"try it": f"hgpt generate --checkpoint {shlex.quote(str(trained))} --image PICTURE {ask}"}
+    if not state.stage.startswith("stage3"):
+        rows["next stage"] = f"'checkpoint.init_from=[{trained}]' with another training.stage and output_dir"
+    return rows
 
 
 def _figure(value: float | None) -> str:

@@ -39,7 +39,8 @@ def header_lines(
     training = config.training
     rows: list[tuple[str, str]] = [
         ("layout", _layout(config, context)),
-        ("precision", f"{training.precision}, {layers}"),
+        ("precision", training.precision),
+        ("layers", layers),
         *_parameters(config),
         ("data", f"{_samples(loader.num_samples)} in {', '.join(config.data.train)}; {_packing(config)}"),
         ("validation", _validation(config, validation)),
@@ -49,7 +50,7 @@ def header_lines(
     ]
     if config.checkpoint.init_from:
         rows.insert(2, ("starts from", ", ".join(config.checkpoint.init_from)))
-    return [f"{config.name}: {training.stage}", *(f"  {name:<12}{text}" for name, text in rows)]
+    return [f"{config.name}: training {training.stage}", *(f"  {name:<12}{text}" for name, text in rows)]
 
 
 def _layout(config: RunConfig, context: DistributedContext) -> str:
@@ -103,7 +104,7 @@ def _batch(config: RunConfig, dp_size: int) -> str:
 
 def _places(config: RunConfig) -> list[tuple[str, str]]:
     output, checkpoint = Path(config.output_dir), config.checkpoint
-    keep = f"the newest {checkpoint.keep_last} kept" if checkpoint.keep_last else "all kept"
+    keep = f"newest {checkpoint.keep_last} kept" if checkpoint.keep_last else "all kept"
     directory = checkpoint.directory or output / "checkpoints"
     files = ["metrics.jsonl", "summary.json", "resolved_config.yaml"]
     if config.data.validation:

@@ -73,7 +73,7 @@ def test_validation_checkpoint_and_summary(make_state, run_steps, make_validatio
         "  validation  3.0000 -> 2.0000, best 2.0000 at step 4",
         "  samples     2 truncated to model.max_seq_length, 1 skipped (unreadable_image)",
         "  checkpoint  runs/my run/step_00000004",
-        "  next        hgpt generate --checkpoint 'runs/my run/step_00000004' --image PICTURE "
+        "  try it      hgpt generate --checkpoint 'runs/my run/step_00000004' --image PICTURE "
         '--question "What does it show?"',
     ]
 
@@ -88,7 +88,8 @@ def test_a_stage_before_the_last_names_the_next_one(make_state, run_steps, lines
     state = make_state(stage="stage1_generation")
     state.config.training.stage = state.stage
     run_steps(_hooks(), state, last=4)
-    assert "--draw drawn.png" in lines()[-1] and "checkpoint.init_from=[" in lines()[-1]
+    assert lines()[-2].startswith("  try it") and lines()[-2].endswith("--draw drawn.png")
+    assert lines()[-1].startswith("  next stage  'checkpoint.init_from=[")
 
 
 def test_only_the_writer_speaks(make_state, run_steps, make_validation, lines) -> None:
