@@ -33,7 +33,7 @@ class ConsoleHook(Hook):
 
     Args:
         metrics: whose summary of the stage is shown; its `on_fit_end` has to come first.
-        interval_steps: optimizer steps between lines; the first and the last step always get one.
+        interval_steps: optimizer steps between lines; the first (also after a resume) and the last always get one.
         progress_bar: whether a terminal gets a bar.
     """
 
@@ -63,7 +63,7 @@ class ConsoleHook(Hook):
         if self._bar is not None:
             self._bar.set_postfix_str(_figures(record), refresh=False)
             self._bar.update()
-        elif state.is_due(self.interval_steps):
+        elif state.is_due(self.interval_steps) or len(self._ends_s) == 2:  # the first step after a resume
             left = f", {duration(self._seconds_left(state))} left" if record.step < state.total_steps else ""
             logger.info("step %d/%d: %s%s", record.step, state.total_steps, _figures(record), left)
 

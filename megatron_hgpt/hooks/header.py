@@ -49,7 +49,7 @@ def header_lines(
         *_places(config),
     ]
     if config.checkpoint.init_from:
-        rows.insert(2, ("starts from", ", ".join(config.checkpoint.init_from)))
+        rows.insert(1, ("starts from", ", ".join(config.checkpoint.init_from)))
     return [f"{config.name}: training {training.stage}", *(f"  {name:<12}{text}" for name, text in rows)]
 
 
