@@ -12,6 +12,7 @@ from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.hooks import PathParameters, SampleImages
+from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
 
@@ -69,9 +70,15 @@ def main(config: RunConfig) -> None:
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
         )
-        layers = describe_choice(config.model, config.training)
         for line in header_lines(
-            config, context, layers=layers, total_steps=total_steps, loader=loader, validation=validation
+            config,
+            context,
+            layers=describe_choice(config.model, config.training),
+            parameters=count_parameters(config.model),
+            trained=count_trained(config.model, stage.trainable),
+            total_steps=total_steps,
+            loader=loader,
+            validation=validation,
         ):
             logger.info("%s", line)
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
@@ -99,8 +106,6 @@ def main(config: RunConfig) -> None:
 
 def _path_parameters(config: RunConfig) -> PathParameters:
     """Parameters that a token passes, for the 4N rule: layers, plugins and head; the embedding table does not count."""
-    from megatron_hgpt.model.parameter_counts import count_parameters
-
     stage = resolve_stage(config.training)
     counts = count_parameters(config.model)
     on_path = {name: counts[name] for name in ("backbone", "head")}
@@ -134,13 +139,14 @@ def _image_sampler(
     return image_sampler(config, model, tokenizer, context)
 
 
-class _ConsoleFormatter(logging.Formatter):
+class ConsoleFormatter(logging.Formatter):
     """``HH:MM:SS message``, and ``warning:`` or ``error:`` before it where it is one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's own name)
+        """The line of a record."""
         if record.levelno >= logging.WARNING:
             record.message = f"{record.levelname.lower()}: {record.message}"
         return super().formatMessage(record)
@@ -152,7 +158,7 @@ def _configure_logging(is_writer: bool) -> None:
     logging.basicConfig()
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:  # the console, not a file or a test's recorder
-            handler.setFormatter(_ConsoleFormatter())
+            handler.setFormatter(ConsoleFormatter())
     logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.ERROR)
     transformers_logging.disable_progress_bar()  # every rank would draw one for the tower's few weights
     # It announces at every start, as warnings, that its optional machinery is off.

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hgpt.batching import global_batch_size, num_micro_batches
-from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
-from megatron_hgpt.stages import resolve_stage
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -23,6 +21,8 @@ def header_lines(
     context: DistributedContext,
     *,
     layers: str,
+    parameters: Mapping[str, int],
+    trained: Mapping[str, int],
     total_steps: int,
     loader: TrainLoader,
     validation: ValidationLoader | None,
@@ -33,15 +33,18 @@ def header_lines(
         config: the run.
         context: the layout as it is.
         layers: which layers compute, in words.
+        parameters: group -> parameters of the whole model.
+        trained: group -> those of them that train.
         total_steps: optimizer steps of the stage.
         loader, validation: for the samples.
     """
-    training = config.training
+    training, total = config.training, sum(parameters.values())
     rows: list[tuple[str, str]] = [
         ("layout", _layout(config, context)),
         ("precision", training.precision),
         ("layers", layers),
-        *_parameters(config),
+        ("trained", _parameters(trained, total)),
+        ("frozen", _parameters({group: count - trained[group] for group, count in parameters.items()}, total)),
         ("data", f"{_samples(loader.num_samples)} in {', '.join(config.data.train)}; {_packing(config)}"),
         ("validation", _validation(config, validation)),
         ("batch", _batch(config, context.dp_size)),
@@ -65,16 +68,10 @@ def _layout(config: RunConfig, context: DistributedContext) -> str:
     )
 
 
-def _parameters(config: RunConfig) -> list[tuple[str, str]]:
-    every = count_parameters(config.model)
-    trained = count_trained(config.model, resolve_stage(config.training).trainable)
-    total = sum(every.values())
-
-    def row(counts: Mapping[str, int]) -> str:
-        parts = [f"{group} {count:,}" for group, count in counts.items() if count]
-        return f"{sum(counts.values()):,} ({sum(counts.values()) / max(total, 1):.2%}): {', '.join(parts) or 'none'}"
-
-    return [("trained", row(trained)), ("frozen", row({name: every[name] - trained[name] for name in every}))]
+def _parameters(counts: Mapping[str, int], total: int) -> str:
+    every = sum(counts.values())
+    parts = [f"{group} {count:,}" for group, count in counts.items() if count]
+    return f"{every:,} ({every / max(total, 1):.2%}): {', '.join(parts) or 'none'}"
 
 
 def _packing(config: RunConfig) -> str:

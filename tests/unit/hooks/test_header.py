@@ -30,7 +30,14 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _header(config: RunConfig, *, validation: Any = None) -> dict[str, str]:
     loader: Any = SimpleNamespace(num_samples={Task.COMPREHENSION: 1200, Task.GENERATION: 80}, steps_per_epoch=160)
     headline, *rows = header_lines(
-        config, CONTEXT, layers="local layers", total_steps=400, loader=loader, validation=validation
+        config,
+        CONTEXT,
+        layers="local layers",
+        parameters=count_parameters(config.model),
+        trained=_trained(config),
+        total_steps=400,
+        loader=loader,
+        validation=validation,
     )
     assert headline == f"tiny: training {config.training.stage}"
     assert all(row.startswith("  ") and row[13] == " " and row[14] != " " for row in rows), rows
@@ -44,8 +51,10 @@ def test_everything_that_a_user_asks_first(backbone: Path, tmp_path: Path) -> No
     config.training.validation_interval_steps = 50
     config.checkpoint.init_from = ["runs/stage2"]
     rows = _header(config, validation=SimpleNamespace(num_samples={Task.GENERATION: 9}))
-    assert rows.pop("trained").startswith(f"{_count(config):,} (")
-    assert "backbone" in rows.pop("frozen")
+    total, trained = sum(count_parameters(config.model).values()), sum(_trained(config).values())
+    assert rows.pop("trained").startswith(f"{trained:,} ({trained / total:.2%}): abstract_adapter ")
+    frozen = rows.pop("frozen")
+    assert frozen.startswith(f"{total - trained:,} (") and "backbone" in frozen and "hlora" not in frozen
     assert rows == {
         "layout": "4 processes on cpu: tensor 2 with sequence parallelism x pipeline 1 x context 1 x data 2",
         "starts from": "runs/stage2",
@@ -61,8 +70,8 @@ def test_everything_that_a_user_asks_first(backbone: Path, tmp_path: Path) -> No
     }
 
 
-def _count(config: RunConfig) -> int:
-    return sum(count_trained(config.model, STAGES[config.training.stage].trainable).values())
+def _trained(config: RunConfig) -> dict[str, int]:
+    return count_trained(config.model, STAGES[config.training.stage].trainable)
 
 
 def test_packing_and_no_validation(backbone: Path, tmp_path: Path) -> None:
