@@ -40,6 +40,8 @@ EXTRAS = {
     # Install with DS_BUILD_OPS=0. The engine uses coalesce_grad_reduction, which is as old as this release.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "ui": ["gradio"],
+    "wandb": ["wandb>=0.19"],
+    "mlflow": ["mlflow-skinny>=2.17"],
     "dev": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "torchmetrics", "triton"],
 }
 

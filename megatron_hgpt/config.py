@@ -357,8 +357,9 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is shown and written while training."""
 
-    interval_steps: Annotated[int, AtLeast(1)] = 1
-    """Optimizer steps between console and TensorBoard records."""
+    interval_steps: Annotated[int, AtLeast(1)] = 10
+    """Optimizer steps between records on the console, in metrics.jsonl and in TensorBoard; the first and the last step
+    always get one."""
     tensorboard: bool = True
     sample_images_interval_steps: Annotated[int, AtLeast(0)] = 0
     """Optimizer steps between sample images in TensorBoard; 0 draws none."""

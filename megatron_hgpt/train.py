@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
-from megatron_hgpt.distributed import DistributedContext
-from megatron_hgpt.hooks import PathParameters, TrainState
+from megatron_hgpt.hooks import PathParameters, SampleImages
+from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
+
+if TYPE_CHECKING:
+    from megatron_hgpt.distributed import DistributedContext
+    from megatron_hgpt.model.healthgpt import HealthGPT
+    from megatron_hgpt.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,44 +41,46 @@ def main(config: RunConfig) -> None:
         from megatron_hgpt.build import build_model_chunks, freeze_except
         from megatron_hgpt.checkpoint import Checkpointer, load_weights
         from megatron_hgpt.data.loader import build_loader
+        from megatron_hgpt.data.validation_loader import build_validation_loader
         from megatron_hgpt.hooks import build_hooks
+        from megatron_hgpt.hooks.header import header_lines
         from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.trainer import Trainer
 
         if context.is_writer:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.output_dir) / "resolved_config.yaml")
-        logger.info(describe_choice(config.model, config.training))
         # With cached features only the sample pictures, drawn from pixels, still need the tower.
         with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
         models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
         trained = load_weights(models, config, config.checkpoint.init_from)
-        trainable = freeze_except(models, stage.trainable)
+        freeze_except(models, stage.trainable)
         tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
-        batch_size = global_batch_size(config)
-        loader = build_loader(
-            config,
-            tokenizer_hash=tokenizer.hash,
-            num_image_tokens=config.model.vision.num_image_tokens,
-            image_size=config.model.vision.hf_config["image_size"],
-            dp_rank=context.dp_rank,
-            dp_size=context.dp_size,
-            tasks=stage.tasks,
-            global_batch_size=batch_size,
-            pad_to_multiple=sequence_multiple(config.parallel, config.training),
-        )
+        fitting = {
+            "tokenizer_hash": tokenizer.hash,
+            "num_image_tokens": config.model.vision.num_image_tokens,
+            "image_size": config.model.vision.hf_config["image_size"],
+            "dp_rank": context.dp_rank,
+            "dp_size": context.dp_size,
+            "tasks": stage.tasks,
+            "pad_to_multiple": sequence_multiple(config.parallel, config.training),
+        }
+        loader = build_loader(config, global_batch_size=global_batch_size(config), **fitting)
+        validation = build_validation_loader(config, **fitting)
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
         )
-        if context.is_writer:
-            logger.info(
-                "%s: %d steps of %d samples; %d trainable tensors in %s",
-                config.training.stage,
-                total_steps,
-                batch_size,
-                len(trainable),
-                ", ".join(stage.trainable),
-            )
+        for line in header_lines(
+            config,
+            context,
+            layers=describe_choice(config.model, config.training),
+            parameters=count_parameters(config.model),
+            trained=count_trained(config.model, stage.trainable),
+            total_steps=total_steps,
+            loader=loader,
+            validation=validation,
+        ):
+            logger.info("%s", line)
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
         hooks = build_hooks(
             config,
@@ -92,6 +98,7 @@ def main(config: RunConfig) -> None:
             total_steps=total_steps,
             checkpointer=checkpointer,
             hooks=hooks,
+            validation=validation,
         ).fit()
     finally:
         distributed.shutdown()
@@ -99,8 +106,6 @@ def main(config: RunConfig) -> None:
 
 def _path_parameters(config: RunConfig) -> PathParameters:
     """Parameters that a token passes, for the 4N rule: layers, plugins and head; the embedding table does not count."""
-    from megatron_hgpt.model.parameter_counts import count_parameters
-
     stage = resolve_stage(config.training)
     counts = count_parameters(config.model)
     on_path = {name: counts[name] for name in ("backbone", "head")}
@@ -118,8 +123,8 @@ def _draws_samples(config: RunConfig) -> bool:
 
 
 def _image_sampler(
-    config: RunConfig, model: Any, tokenizer: Any, context: DistributedContext
-) -> Callable[[TrainState], list[tuple[str, Any]]] | None:
+    config: RunConfig, model: HealthGPT, tokenizer: TextTokenizer, context: DistributedContext
+) -> SampleImages | None:
     """Draws the first held-out (or training) generation prompts; None where the run cannot decode images."""
     from megatron_hgpt.inference.sample_images import image_sampler
 
@@ -134,8 +139,27 @@ def _image_sampler(
     return image_sampler(config, model, tokenizer, context)
 
 
+class ConsoleFormatter(logging.Formatter):
+    """``HH:MM:SS message``, and ``warning:`` or ``error:`` before it where it is one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's own name)
+        """The line of a record."""
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
 def _configure_logging(is_writer: bool) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig()
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # the console, not a file or a test's recorder
+            handler.setFormatter(ConsoleFormatter())
     logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.ERROR)
+    transformers_logging.disable_progress_bar()  # every rank would draw one for the tower's few weights
     # It announces at every start, as warnings, that its optional machinery is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

@@ -1,30 +1,53 @@
-"""The training loop: steps, schedule, checkpoints, hooks. Knows nothing of H-LoRA or images."""
+"""The training loop: steps, schedule, validation, checkpoints, hooks. Knows nothing of H-LoRA or images."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megatron_hgpt.checkpoint import Checkpointer
-from megatron_hgpt.config import RunConfig
-from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines import build_engine
-from megatron_hgpt.forward_step import LossReport
+from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.base import StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.parameters import named_parameters
-from megatron_hgpt.samples import TASKS, MicroBatch
-from megatron_hgpt.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron_hgpt.checkpoint import Checkpointer
+    from megatron_hgpt.config import RunConfig
+    from megatron_hgpt.data.validation_loader import ValidationLoader
+    from megatron_hgpt.distributed import DistributedContext
+    from megatron_hgpt.hooks.base import Hook
+    from megatron_hgpt.model.healthgpt import HealthGPT
+    from megatron_hgpt.samples import MicroBatch
+    from megatron_hgpt.stages import Stage
 
 logger = logging.getLogger(__name__)
+
+
+class StepLoader(Protocol):
+    """What the trainer needs of a loader; see `data.loader.TrainLoader`."""
+
+    counts: Counter[str]
+    """Samples of this rank that were truncated, and skipped by reason."""
+
+    def next_step(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next optimizer step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, for a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
 
 
 class Trainer:
@@ -39,6 +62,7 @@ class Trainer:
         total_steps: optimizer steps of the stage.
         checkpointer: saves and restores.
         hooks: side effects.
+        validation: the held-out samples; None where there are none.
     """
 
     def __init__(
@@ -47,15 +71,16 @@ class Trainer:
         config: RunConfig,
         stage: Stage,
         context: DistributedContext,
-        models: Sequence[Any],
-        loader: Any,
+        models: Sequence[HealthGPT],
+        loader: StepLoader,
         total_steps: int,
         checkpointer: Checkpointer,
         hooks: Sequence[Hook] = (),
+        validation: ValidationLoader | None = None,
     ) -> None:
         self.config, self.stage, self.context = config, stage, context
         self.models, self.loader, self.total_steps = list(models), loader, total_steps
-        self.checkpointer, self.hooks = checkpointer, list(hooks)
+        self.checkpointer, self.hooks, self.validation = checkpointer, list(hooks), validation
         self.step = 0
         self._stop_requested = False
         self.audit = GradientAudit(named_parameters(self.models))
@@ -87,6 +112,8 @@ class Trainer:
                 for hook in self.hooks:
                     hook.on_step_end(self.state, record)
                 stop = self._agree_to_stop()
+                if not stop and self._is_validation_due():
+                    self.validate()
                 due = self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
                 if due or stop or self.step == self.total_steps:
                     self.checkpointer.save(
@@ -96,8 +123,9 @@ class Trainer:
                 if stop:
                     logger.warning("stopped by a signal after step %d; start again to resume", self.step)
                     break
+            finished = dataclasses.replace(self.state, sample_counts=self._sample_counts())
             for hook in self.hooks:
-                hook.on_fit_end(self.state)
+                hook.on_fit_end(finished)
         except BaseException as error:
             # Peers may sit in a collective that this rank will never join: no communication from here on.
             for hook in self.hooks:
@@ -110,58 +138,67 @@ class Trainer:
     def train_step(self) -> StepRecord:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
-        batches: list[MicroBatch] = self.loader.next_step()
-        reports = self.engine.accumulate(batches)
+        batches = self.loader.next_step()
+        totals = LossTotals()
+        for report in self.engine.accumulate(batches):
+            totals.add(report)
         self.audit.check(batches)
-        totals = self._reduce(reports)
-        mark_idle_groups(self.engine.optimizer, [task.value for task in TASKS if totals[task.value]["tokens"] > 0])
+        totals.reduce(self.context)
+        mark_idle_groups(self.engine.optimizer, totals.trained_tasks)
         self.scheduler.step(1)
         rates = learning_rates(self.engine.optimizer)
         grad_norm = self.engine.step()
         self.step += 1
         return self._record(totals, rates, grad_norm, time.perf_counter() - started)
 
-    def _reduce(self, reports: list[LossReport]) -> dict[str, dict[str, float]]:
-        """Sums over data-parallel ranks: per task loss and supervised tokens; content tokens, positions and samples.
+    def validate(self) -> ValidationRecord:
+        """Loss per task over the held-out samples, alike on every rank; training goes on as if it had not been."""
+        assert self.validation is not None
+        for hook in self.hooks:
+            hook.on_validation_start(self.state)
+        started = time.perf_counter()
+        totals = {task: LossTotals() for task in self.stage.tasks}
+        for chunk in self.validation.chunks():
+            reports = self.engine.evaluate(chunk.batches)
+            # Only the last pipeline stage has reports.
+            for report, batch, is_counted in zip(reports, chunk.batches, chunk.is_counted, strict=False):
+                if is_counted and batch.task is not None:
+                    totals[batch.task].add(report)
+        for total in totals.values():
+            total.reduce(self.context)
+        losses = [total.all_tasks for total in totals.values()]
+        num_tokens = sum(float(loss.num_tokens) for loss in losses)
+        record = ValidationRecord(
+            step=self.step,
+            loss=sum(float(loss.loss_sum) for loss in losses) / max(num_tokens, 1.0),
+            loss_per_task={task: loss for total in totals.values() for task, loss in total.loss_per_task.items()},
+            num_samples_per_task={task.value: int(total.num_samples) for task, total in totals.items()},
+            num_tokens=int(num_tokens),
+            time_s=time.perf_counter() - started,
+        )
+        for hook in self.hooks:
+            hook.on_validation(self.state, record)
+        return record
 
-        Only the last pipeline stage has reports; every stage is told.
-        """
-        from megatron.core import parallel_state
+    def _is_validation_due(self) -> bool:
+        interval = self.config.training.validation_interval_steps
+        is_due = self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
+        return self.validation is not None and is_due
 
-        totals: dict[str, dict[str, float]] = {task.value: {"loss": 0.0, "tokens": 0.0} for task in TASKS}
-        totals["all"] = {"num_tokens": 0.0, "num_positions": 0.0, "num_samples": 0.0}
-        for report in reports:
-            for task, (loss_sum, num_tokens) in report["losses"].items():
-                totals[task.value]["loss"] += float(loss_sum)
-                totals[task.value]["tokens"] += float(num_tokens)
-            for name in totals["all"]:
-                totals["all"][name] += report[name]
-        values = [value for row in totals.values() for value in row.values()]
-        sums = torch.tensor(values, dtype=torch.float64, device=self.context.device)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if self.context.pp_size > 1:
-            torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-        summed = iter(sums.tolist())
-        return {key: {name: next(summed) for name in row} for key, row in totals.items()}
-
-    def _record(
-        self, totals: dict[str, dict[str, float]], rates: dict[str, float], grad_norm: float, seconds: float
-    ) -> StepRecord:
-        per_task = {task.value: totals[task.value] for task in TASKS}
-        num_supervised = sum(row["tokens"] for row in per_task.values())
-        every = totals["all"]
+    def _record(self, totals: LossTotals, rates: dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
+        every = totals.all_tasks
         return StepRecord(
             step=self.step,
-            loss=sum(row["loss"] for row in per_task.values()) / max(num_supervised, 1.0),
-            loss_per_task={task: row["loss"] / row["tokens"] for task, row in per_task.items() if row["tokens"] > 0},
-            num_supervised_tokens=int(num_supervised),
-            num_tokens=int(every["num_tokens"]),
-            num_samples=int(every["num_samples"]),
-            padding_share=1 - every["num_tokens"] / max(every["num_positions"], 1.0),
+            loss=every.mean,
+            loss_per_task=totals.loss_per_task,
+            num_supervised_tokens=int(every.num_tokens),
+            num_tokens=int(totals.num_content_tokens),
+            num_samples=int(totals.num_samples),
+            padding_share=1 - totals.num_content_tokens / max(totals.num_positions, 1.0),
             learning_rates=rates,
             grad_norm=grad_norm,
             step_time_s=seconds,
-            tokens_per_s=every["num_tokens"] / seconds,
+            tokens_per_s=totals.num_content_tokens / seconds,
         )
 
     def _restore(self) -> None:
@@ -172,12 +209,23 @@ class Trainer:
         self.loader.load_state_dict(restored.loader_state)
         self.scheduler.num_steps = restored.step
         self.scheduler.step(0)
-        logger.info("resumed %s at step %d of %d", restored.path, self.step, self.total_steps)
+        logger.info("resumed from %s: %d of %d steps are done", restored.path, self.step, self.total_steps)
+        for change in restored.changes:
+            logger.info("changed since that checkpoint: %s", change)
 
     def _announce_checkpoints(self, *, wait: bool) -> None:
-        for path in self.checkpointer.published(wait=wait):
+        for checkpoint in self.checkpointer.published(wait=wait):
             for hook in self.hooks:
-                hook.on_checkpoint_saved(self.state, path)
+                hook.on_checkpoint_saved(self.state, checkpoint)
+
+    def _sample_counts(self) -> dict[str, int]:
+        """Truncated and skipped samples over the data-parallel ranks; every rank must call it."""
+        from megatron.core import parallel_state
+
+        counts: list[Any] = [None] * self.context.dp_size
+        group = parallel_state.get_data_parallel_group()
+        torch.distributed.all_gather_object(counts, dict(self.loader.counts), group=group)
+        return dict(sum(map(Counter, counts), Counter()))
 
     def _listen_for_termination(self) -> dict[int, Any]:
         """Finish the step and save on SIGTERM and SIGINT (Slurm, Ctrl-C); a second signal ends the process at once."""

@@ -262,7 +262,7 @@ def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:
 def _plugin_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
     for task in TASKS:
         name = f"model.hlora.{task.value}"
-        plugin: HLoRAPluginConfig | None = getattr(config.model.hlora, task.value)
+        plugin: HLoRAPluginConfig | None = config.model.hlora.of(task)
         if plugin is None and task in stage.tasks:
             yield f"training.stage={config.training.stage} trains {task.value}, but {name} is null"
         if plugin is not None and plugin.lora_rank % plugin.num_experts:

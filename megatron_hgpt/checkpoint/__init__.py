@@ -14,12 +14,13 @@ A folder is written as ``step_….tmp`` and renamed once complete, so a name wit
 Must not import: data, hooks, trainer.
 """
 
-from megatron_hgpt.checkpoint.checkpointer import Checkpointer, Restored, load_weights
+from megatron_hgpt.checkpoint.checkpointer import Checkpointer, Restored, SavedCheckpoint, load_weights
 from megatron_hgpt.checkpoint.description import checkpoint_folders, fingerprint, read_info, resolve_folder
 
 __all__ = [
     "Checkpointer",
     "Restored",
+    "SavedCheckpoint",
     "checkpoint_folders",
     "fingerprint",
     "load_weights",

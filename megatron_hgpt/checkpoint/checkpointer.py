@@ -8,10 +8,11 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +25,7 @@ from megatron_hgpt.checkpoint.description import (
     read_info,
     resolve_folder,
 )
+from megatron_hgpt.checkpoint.differences import changed_settings
 from megatron_hgpt.checkpoint.frozen_base import base_identity
 from megatron_hgpt.checkpoint.state import (
     by_parameter,
@@ -40,6 +42,9 @@ from megatron_hgpt.engines.base import TrainingEngine
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.parameters import SAVED_GROUPS, parameter_groups
 
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +56,19 @@ class Restored:
     step: int
     """Optimizer steps completed."""
     loader_state: dict[str, Any]
+    changes: list[str]
+    """What the configuration says now, and said when the checkpoint was written: one text per setting."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SavedCheckpoint:
+    """A checkpoint that has just become complete."""
+
+    path: Path
+    num_bytes: int
+    """Of its files; 0 on ranks that do not write the description."""
+    save_time_s: float
+    """From the start of the save until the folder got its name."""
 
 
 class Checkpointer:
@@ -73,13 +91,15 @@ class Checkpointer:
         self.trained_groups = sorted(set(trained_groups))
         self.is_writer = is_writer
         self._queue = AsyncCallsQueue()
-        self._ready: list[Path] = []
+        self._ready: list[SavedCheckpoint] = []
 
     @functools.cached_property
     def _base(self) -> dict[str, str]:
         return base_identity(self.config)
 
-    def save(self, models: Sequence[Any], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]) -> None:
+    def save(
+        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]
+    ) -> None:
         """Write ``step_<step>``, or start to; every rank must call it. An earlier save that still writes is awaited.
 
         Raises:
@@ -88,6 +108,7 @@ class Checkpointer:
         from megatron.core import dist_checkpointing
 
         self._finish_writes(wait=True)
+        started_s = time.perf_counter()
         final = self.directory / f"step_{step:08d}"
         temporary = final.with_name(final.name + ".tmp")
         if self.is_writer:
@@ -105,14 +126,14 @@ class Checkpointer:
                     sharded_strategy=_save_strategy(),
                     async_sharded_save=is_async,
                 )
-            publish = functools.partial(self._publish, temporary, final, info)
+            publish = functools.partial(self._publish, temporary, final, info, started_s)
             if request is not None:
                 request.add_finalize_fn(publish)
                 self._queue.schedule_async_request(request)
         if not is_async:
             publish()
 
-    def published(self, *, wait: bool = False) -> list[Path]:
+    def published(self, *, wait: bool = False) -> list[SavedCheckpoint]:
         """Checkpoints that became complete since the last call; every rank must call it.
 
         Args:
@@ -157,20 +178,23 @@ class Checkpointer:
             "base": self._base,
         }
 
-    def _publish(self, temporary: Path, final: Path, info: dict[str, Any]) -> None:
+    def _publish(self, temporary: Path, final: Path, info: dict[str, Any], started_s: float) -> None:
         """Describe the folder and give it its name, after all ranks have written."""
         torch.distributed.barrier()
+        num_bytes = 0
         if self.is_writer:
             save_config(self.config, temporary / "resolved_config.yaml")
             (temporary / INFO).write_text(json.dumps(info, indent=1))
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
+            num_bytes = sum(file.stat().st_size for file in final.iterdir())
             keep = self.config.checkpoint.keep_last
             for old in checkpoint_folders(self.directory)[:-keep] if keep > 0 else []:
                 shutil.rmtree(old)
         torch.distributed.barrier()
-        self._ready.append(final)
+        seconds = time.perf_counter() - started_s
+        self._ready.append(SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds))
 
     def _clear_unfinished(self) -> None:
         """Remove what a killed run left half written."""
@@ -179,7 +203,7 @@ class Checkpointer:
                 logger.warning("removing %s, which an interrupted save left unfinished", path)
                 shutil.rmtree(path)
 
-    def restore_latest(self, models: Sequence[Any], engine: TrainingEngine) -> Restored | None:
+    def restore_latest(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> Restored | None:
         """Load the newest complete checkpoint of this run in place; None when there is none.
 
         Raises:
@@ -210,7 +234,8 @@ class Checkpointer:
             group["step"] = info["optimizer_steps"][group["group"]]
         if same_layout:
             restore_rng(loaded["rng"])
-        return Restored(path=folder, step=info["step"], loader_state=info["loader"])
+        changes = changed_settings(folder, self.config)
+        return Restored(path=folder, step=info["step"], loader_state=info["loader"], changes=changes)
 
 
 def _save_strategy() -> Any:
@@ -239,7 +264,7 @@ def _load(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(request, str(folder))
 
 
-def load_weights(models: Sequence[Any], config: RunConfig, folders: Sequence[str]) -> list[str]:
+def load_weights(models: Sequence[HealthGPT], config: RunConfig, folders: Sequence[str]) -> list[str]:
     """Load the weights that earlier stages trained, in order, into a model that is not yet wrapped.
 
     Of each folder only the groups it (or a stage before it) trained are taken, so that stage-1 comprehension and

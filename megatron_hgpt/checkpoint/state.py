@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_hgpt.engines.base import OptimizerState
 from megatron_hgpt.parameters import chunk_prefix, group_of, named_parameters
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
 
 
 def _metadata() -> dict[str, Any]:
@@ -17,7 +20,7 @@ def _metadata() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def model_state(models: Sequence[Any], groups: Sequence[str]) -> dict[str, Any]:
+def model_state(models: Sequence[HealthGPT], groups: Sequence[str]) -> dict[str, Any]:
     """Sharded tensors of the named groups by this rank's parameter names.
 
     Inside the checkpoint the layers of all pipeline stages are one tensor, so that any layout finds its part.
@@ -99,7 +102,7 @@ def rng_object() -> Any:
 
 
 @torch.no_grad()
-def copy_tensors(models: Sequence[Any], loaded: dict[str, torch.Tensor]) -> None:
+def copy_tensors(models: Sequence[HealthGPT], loaded: dict[str, torch.Tensor]) -> None:
     """Put loaded tensors into the parameters of their names, where they are not loaded in place already."""
     parameters = named_parameters(models)
     for name, value in loaded.items():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
@@ -33,7 +33,7 @@ from megatron_hgpt.errors import ConfigError, DataError, SkipSample
 from megatron_hgpt.rounding import ceil_div
 from megatron_hgpt.samples import EncodedSample, MicroBatch, Task
 
-__all__ = ["TrainLoader", "build_loader", "build_validation_batches", "splice_images"]
+__all__ = ["TrainLoader", "build_loader", "splice_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class TrainLoader:
         for task, members in samples.items():
             if not len(members):
                 raise DataError(f"data.train has no {task.value} sample, which the stage trains; add a folder of them")
-        self._num_samples = sum(map(len, samples.values()))
+        self._samples = {task: len(members) for task, members in samples.items()}
         self._packing = packing
         self._rows: dict[Task | None, list[Indices]] = {}
         self._members: dict[Task | None, Indices] = dict(samples.items())
@@ -132,6 +132,11 @@ class TrainLoader:
         self._step = 0
         self.counts: Counter[str] = Counter()
         """Samples of this rank that were truncated, and skipped by reason (``skipped/<reason>``)."""
+
+    @property
+    def num_samples(self) -> dict[Task, int]:
+        """Task -> samples of one epoch."""
+        return dict(self._samples)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -160,7 +165,7 @@ class TrainLoader:
         return {
             "step": self._step,
             "seed": self._seed,
-            "num_samples": self._num_samples,
+            "num_samples": sum(self._samples.values()),
             "packing": self._packing,
             "num_micro_batches": sum(self._per_epoch.values()),
             "micro_batch_size": self._micro_batch_size,
@@ -322,51 +327,3 @@ def build_loader(
         packing=config.data.packing,
         pack_length=config.data.pack_length or config.model.max_seq_length,
     )
-
-
-def build_validation_batches(
-    config: RunConfig,
-    *,
-    tokenizer_hash: str,
-    num_image_tokens: int,
-    image_size: int,
-    tasks: Sequence[Task],
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    max_samples: int | None = None,
-    pad_to_multiple: int = 1,
-    on_skip: Callable[[SkipSample], None] | None = None,
-) -> Iterator[MicroBatch]:
-    """This rank's micro-batches over `config.data.validation`, in stored order, task by task, each sample once.
-
-    Args:
-        max_samples: per task, over all ranks; None takes all.
-        on_skip: told of each sample that cannot be used; it is left out and logged.
-
-    Raises:
-        DataError: a folder does not fit the model.
-    """
-    if not config.data.validation:
-        return
-    source = open_source(
-        config,
-        config.data.validation,
-        tokenizer_hash=tokenizer_hash,
-        num_image_tokens=num_image_tokens,
-        image_size=image_size,
-        tasks=tasks,
-    )
-    size = config.training.micro_batch_size
-    for task in tasks:
-        members = source.members(task)[:max_samples]
-        for first in range(dp_rank * size, len(members), dp_size * size):
-            samples = []
-            for index in members[first : first + size]:
-                try:
-                    samples.append(source.load(int(index)))
-                except SkipSample as error:
-                    logger.warning("validation sample left out: %s", error)
-                    if on_skip is not None:
-                        on_skip(error)
-            if samples:
-                yield collate(samples, image_size=image_size, pad_to_multiple=pad_to_multiple)

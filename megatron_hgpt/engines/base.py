@@ -51,6 +51,16 @@ class TrainingEngine(Protocol):
             HealthGPTError: the gradient is not finite (Megatron raises its own RuntimeError).
         """
 
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
+        """Forward only, without dropout: weights, gradients and random states stay as they are.
+
+        Every rank calls it with the same number of micro-batches: pipeline stages hand hidden states on, and ZeRO-3
+        gathers weights together. Under the interleaved schedule it is a multiple of the pipeline stages.
+
+        Returns:
+            One report per micro-batch, in their order, on the last pipeline stage; nothing on the others.
+        """
+
     def step(self) -> float:
         """Clip and update; returns the global gradient norm before clipping."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from megatron_hgpt.optim import build_adamw, group_fields
 from megatron_hgpt.parameters import group_of, parameter_group
 from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
 
 
 class DeepSpeedEngine:
@@ -45,7 +48,7 @@ class DeepSpeedEngine:
         ConfigError: DeepSpeed refuses the configuration.
     """
 
-    def __init__(self, config: RunConfig, stage: Stage, context: DistributedContext, model: Any) -> None:
+    def __init__(self, config: RunConfig, stage: Stage, context: DistributedContext, model: HealthGPT) -> None:
         self.model, self.context = model, context
         self._is_sharded = config.engine.zero_stage == 3
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -73,6 +76,17 @@ class DeepSpeedEngine:
                 self._engine.zero_grad()
                 self._sums.clear()
                 raise
+        return reports
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
+        """See `TrainingEngine.evaluate`."""
+        self._engine.eval()  # `accumulate` turns it back
+        source = iter(batches)
+        reports: list[LossReport] = []
+        for _ in batches:
+            losses, reduce = forward_step(source, self._engine)
+            reports.append(reduce(losses)[-1])
         return reports
 
     def step(self) -> float:
@@ -190,7 +204,7 @@ class DeepSpeedOptimizerState:
             safe_set_full_fp32_param(parameter, whole[name].get(MAIN, parameter.data))
 
 
-def _initialize(model: Any, adam: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _initialize(model: HealthGPT, adam: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     """DeepSpeed's engine in the process group that exists.
 
     Raises:
@@ -235,14 +249,14 @@ def _zero_moments(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _hide_tower(model: Any) -> None:
+def _hide_tower(model: HealthGPT) -> None:
     """Keep the tower usable as `model.tower`, but no longer one of the model's modules."""
     tower = model.tower
     del model.tower
     object.__setattr__(model, "tower", tower)
 
 
-def _task_modules(model: Any) -> Iterator[torch.nn.Module]:
+def _task_modules(model: HealthGPT) -> Iterator[torch.nn.Module]:
     """The containers of adapters and plugins: what runs depends on the micro-batch's task."""
     from megatron_hgpt.hlora.linear import HLoRALinearMixin
 
@@ -250,14 +264,14 @@ def _task_modules(model: Any) -> Iterator[torch.nn.Module]:
     yield from (module.hlora for module in model.modules() if isinstance(module, HLoRALinearMixin))
 
 
-def _mark_task_modules(model: Any) -> None:
+def _mark_task_modules(model: HealthGPT) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     for container in _task_modules(model):
         set_z3_leaf_module(container, True)
 
 
-def _gather_task_parameters_at_the_root(model: Any) -> None:
+def _gather_task_parameters_at_the_root(model: HealthGPT) -> None:
     import deepspeed
 
     for container in _task_modules(model):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.engines.base import OptimizerState
@@ -13,6 +15,9 @@ from megatron_hgpt.forward_step import LossReport, forward_step
 from megatron_hgpt.optim import build_optimizer
 from megatron_hgpt.samples import MicroBatch
 from megatron_hgpt.stages import Stage
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
 
 
 class MegatronEngine:
@@ -24,7 +29,7 @@ class MegatronEngine:
         models: the bare model, or its interleaved chunks, already frozen except for the stage's groups.
     """
 
-    def __init__(self, config: RunConfig, stage: Stage, models: Sequence[Any]) -> None:
+    def __init__(self, config: RunConfig, stage: Stage, models: Sequence[HealthGPT]) -> None:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -49,23 +54,34 @@ class MegatronEngine:
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """See `TrainingEngine.accumulate`."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
         for ddp in self.ddp:
             ddp.train()
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
+        """See `TrainingEngine.evaluate`."""
+        for ddp in self.ddp:
+            ddp.eval()  # `accumulate` turns it back
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> list[LossReport]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
         # Each interleaved chunk reads the same micro-batches, at its own pace.
         iterators = [iter(batches) for _ in self.ddp]
-        return get_forward_backward_func()(
+        reports: list[LossReport] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.ddp,
             num_microbatches=len(batches),
             seq_length=self.config.model.max_seq_length,
             micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=False,
+            forward_only=forward_only,
         )
+        return reports
 
     def step(self) -> float:
         """See `TrainingEngine.step`."""

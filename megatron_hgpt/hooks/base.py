@@ -6,11 +6,14 @@ Steps are counted from 1: `TrainState.step` is the number of optimizer steps com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from megatron_hgpt.config import RunConfig
+if TYPE_CHECKING:
+    from megatron_hgpt.checkpoint import SavedCheckpoint
+    from megatron_hgpt.config import RunConfig
+    from megatron_hgpt.model.healthgpt import HealthGPT
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,8 +30,11 @@ class TrainState:
     is_writer: bool
     """True on exactly one rank of the whole job: the one that writes files and the console."""
     config: RunConfig
-    model: Any
+    model: HealthGPT
     """The trained module, for hooks that look into it."""
+    sample_counts: dict[str, int] = field(default_factory=dict)
+    """Samples that were truncated, and skipped by reason (``skipped/<reason>``), over all ranks since this process
+    started; known at `on_fit_end` only."""
 
     def is_due(self, interval_steps: int) -> bool:
         """Whether a record every `interval_steps` steps falls on this step; the first and last always do."""
@@ -60,6 +66,21 @@ class StepRecord:
     """num_tokens / step_time_s."""
 
 
+@dataclass(kw_only=True, slots=True)
+class ValidationRecord:
+    """The held-out samples after an optimizer step; losses and counts are over all ranks."""
+
+    step: int
+    loss: float
+    """Mean cross-entropy over the supervised tokens of all samples, in nats."""
+    loss_per_task: dict[str, float]
+    """The same over one task's tokens; tasks without samples are left out."""
+    num_samples_per_task: dict[str, int]
+    num_tokens: int
+    """Supervised tokens."""
+    time_s: float
+
+
 class Hook:
     """A side effect of training; every method does nothing unless overridden, and runs on every rank."""
 
@@ -69,8 +90,14 @@ class Hook:
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
         """After each optimizer step; `state.step == record.step`."""
 
-    def on_checkpoint_saved(self, state: TrainState, path: Path) -> None:
-        """After a checkpoint is complete at `path`."""
+    def on_validation_start(self, state: TrainState) -> None:
+        """Before the held-out samples are run."""
+
+    def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
+        """After them; `state.step == record.step`."""
+
+    def on_checkpoint_saved(self, state: TrainState, checkpoint: SavedCheckpoint) -> None:
+        """After a checkpoint is complete."""
 
     def on_fit_end(self, state: TrainState) -> None:
         """After the last step and its checkpoint."""

@@ -1,6 +1,7 @@
-"""metrics.jsonl (one JSON object per logged step) and summary.json (one per stage), both safe against a kill.
+"""metrics.jsonl (one JSON object per logged step), validation.jsonl (one per validation) and summary.json (one per
+stage), all safe against a kill.
 
-metrics.jsonl holds each step once: after a resume, the lines of steps that will run again are dropped first.
+The first two hold each step once: after a resume, the lines of steps that will run again are dropped first.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.files import write_atomic
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsHook(Hook):
-    """Writes both files and logs the one-line summary of the stage.
+    """Writes the three files.
 
     Args:
         interval_steps: optimizer steps between lines; the first and the last step always get one.
@@ -28,15 +29,18 @@ class MetricsHook(Hook):
 
     def __init__(self, *, interval_steps: int = 1) -> None:
         self.interval_steps = interval_steps
+        self.summary: dict[str, Any] = {}
+        """The content of summary.json, once it is written."""
         self._start_s = 0.0
 
     def on_fit_start(self, state: TrainState) -> None:
         """Keep the lines of the steps that are behind the resumed state, drop the others."""
         if not state.is_writer:
             return
-        path = state.output_dir / "metrics.jsonl"
-        kept = [r for r in read_metrics(path) if r["step"] <= state.step] if path.exists() else []
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        kept = _drop_steps_after(state.output_dir / "metrics.jsonl", state.step)
+        validations = state.output_dir / "validation.jsonl"
+        if validations.exists() and not _drop_steps_after(validations, state.step):
+            validations.unlink()
         # A finished stage's summary must not outlive a new start of that stage.
         (state.output_dir / "summary.json").unlink(missing_ok=True)
         self._start_s = time.perf_counter() - (kept[-1].get("elapsed_s", 0.0) if kept else 0.0)
@@ -48,37 +52,65 @@ class MetricsHook(Hook):
         if not math.isfinite(record.loss):
             logger.warning("step %d: the loss is %s", record.step, record.loss)
         line = _as_json(state.stage, record, elapsed_s=time.perf_counter() - self._start_s)
-        with open(state.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(state.output_dir / "metrics.jsonl", line)
 
-    def on_fit_end(self, state: TrainState) -> None:
-        """Write summary.json and log it as one line."""
+    def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
+        """Append one line to validation.jsonl and flush it."""
         if not state.is_writer:
             return
-        records = read_metrics(state.output_dir / "metrics.jsonl")
-        summary = summarise_stage(
-            state.stage, records, num_steps=state.step, wall_s=time.perf_counter() - self._start_s
-        )
-        write_atomic(state.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        logger.info(
-            "%s: %d steps, loss %s -> %s, %.1f s, %s tokens/s",
+        line = {
+            "step": record.step,
+            "stage": state.stage,
+            "loss": record.loss,
+            **{f"loss_{task}": loss for task, loss in record.loss_per_task.items()},
+            **{f"num_samples_{task}": count for task, count in record.num_samples_per_task.items()},
+            "num_supervised_tokens": record.num_tokens,
+            "time_s": round(record.time_s, 3),
+        }
+        _append(state.output_dir / "validation.jsonl", _finite(line))
+
+    def on_fit_end(self, state: TrainState) -> None:
+        """Write summary.json."""
+        if not state.is_writer:
+            return
+        self.summary = summarise_stage(
             state.stage,
-            state.step,
-            _figure(summary["first_loss"], ".4f"),
-            _figure(summary["last_loss"], ".4f"),
-            summary["wall_s"],
-            _figure(summary["tokens_per_s"], ",.0f"),
+            read_metrics(state.output_dir / "metrics.jsonl"),
+            num_steps=state.step,
+            wall_s=time.perf_counter() - self._start_s,
+            validations=read_validations(state.output_dir),
         )
+        write_atomic(state.output_dir / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
 
-def summarise_stage(stage: str, records: list[dict[str, Any]], *, num_steps: int, wall_s: float) -> dict[str, Any]:
+def _drop_steps_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records up to `step`, in the file and as the result."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def summarise_stage(
+    stage: str,
+    records: list[dict[str, Any]],
+    *,
+    num_steps: int,
+    wall_s: float,
+    validations: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The content of summary.json.
 
     `first_loss` and `last_loss` are those of the first and last logged step; `tokens_per_s` is tokens by time inside
-    the logged steps; `wall_s` also holds checkpoints and samples, and the time of runs that this one resumed.
+    the logged steps; `wall_s` also holds validations, checkpoints and samples, and the time of runs that this one
+    resumed. The fields of the validation loss are there only where there was a validation.
     """
     step_time_s = sum(record["step_time_s"] for record in records)
-    return {
+    summary = {
         "stage": stage,
         "steps": num_steps,
         "first_loss": records[0]["loss"] if records else None,
@@ -86,6 +118,21 @@ def summarise_stage(stage: str, records: list[dict[str, Any]], *, num_steps: int
         "wall_s": round(wall_s, 3),
         "tokens_per_s": round(sum(r["num_tokens"] for r in records) / step_time_s, 1) if step_time_s else None,
     }
+    if validations:
+        best = min(validations, key=lambda record: math.inf if record["loss"] is None else record["loss"])
+        summary |= {
+            "first_validation_loss": validations[0]["loss"],
+            "last_validation_loss": validations[-1]["loss"],
+            "best_validation_loss": best["loss"],
+            "best_validation_step": best["step"],
+        }
+    return summary
+
+
+def read_validations(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run's validation.jsonl, as `read_metrics`; none where the run has no such file."""
+    path = folder / "validation.jsonl"
+    return read_metrics(path) if path.exists() else []
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -127,9 +174,9 @@ def _as_json(stage: str, record: StepRecord, *, elapsed_s: float) -> dict[str, A
         "step_time_s": round(record.step_time_s, 6),
         "elapsed_s": round(elapsed_s, 3),
     }
-    # JSON has no NaN or infinity: null stands for them.
+    return _finite(line)
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN or infinity: null stands for them."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-
-
-def _figure(value: float | None, spec: str) -> str:
-    return "not finite" if value is None else format(value, spec)

@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.hooks.figures import step_scalars, validation_scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,17 +47,14 @@ class TensorBoardHook(Hook):
         """Losses, learning rates, gradient norm, throughput."""
         if self._writer is None or not state.is_due(self.interval_steps):
             return
-        scalars = {
-            "loss/all": record.loss,
-            **{f"loss/{task}": loss for task, loss in record.loss_per_task.items()},
-            **{f"learning_rate/{group}": rate for group, rate in record.learning_rates.items()},
-            "grad_norm": record.grad_norm,
-            "throughput/tokens_per_s": record.tokens_per_s,
-            "throughput/step_time_s": record.step_time_s,
-            "throughput/padding_share": record.padding_share,
-        }
-        for tag, value in scalars.items():
+        for tag, value in step_scalars(record).items():
             self._writer.add_scalar(tag, value, record.step)
+
+    def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
+        """Held-out losses."""
+        if self._writer is not None:
+            for tag, value in validation_scalars(record).items():
+                self._writer.add_scalar(tag, value, record.step)
 
     def add_images(self, step: int, images: list[tuple[str, Image.Image]]) -> None:
         """Draw `images` at `step`; does nothing on ranks that do not write."""

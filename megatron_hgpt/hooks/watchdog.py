@@ -7,9 +7,12 @@ import logging
 import statistics
 from collections import deque
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
+
+if TYPE_CHECKING:
+    from megatron_hgpt.checkpoint import SavedCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,7 @@ class WatchdogHook(Hook):
     """Dumps the stacks of all threads to <output_dir>/watchdog/rank_<rank>.txt when a step is overdue.
 
     faulthandler's own C thread writes the dump, so it works while Python is stuck inside a collective. The run goes
-    on; a step that ends late is logged. A long pause between steps (validation) may be dumped too: it is harmless.
+    on; a step that ends late is logged. Validation is not watched, and time spent saving does not count.
 
     Args:
         rank: of this process, for the file name.
@@ -62,7 +65,16 @@ class WatchdogHook(Hook):
         self._times_s.append(record.step_time_s)
         self._watch()
 
-    def on_checkpoint_saved(self, state: TrainState, path: Path) -> None:
+    def on_validation_start(self, state: TrainState) -> None:
+        """Validation may take as long as it likes."""
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+    def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
+        """Watch the next step."""
+        self._watch()
+
+    def on_checkpoint_saved(self, state: TrainState, checkpoint: SavedCheckpoint) -> None:
         """Time spent saving does not count."""
         self._watch()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.config import HLoRAPluginConfig, ModelConfig
 from megatron_hgpt.parameters import ADAPTER_GROUPS
@@ -58,3 +60,20 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
             counts[adapter_group] = adapter
             counts[f"hlora_{task.value}"] = count_hlora(shape, plugin)
     return counts
+
+
+def count_trained(model: ModelConfig, trainable: Collection[str]) -> dict[str, int]:
+    """How many of each group's parameters (`count_parameters`) train; of vocabulary rows perhaps only the new ones.
+
+    Args:
+        model: decides the sizes.
+        trainable: groups of a stage (`Stage.trainable`).
+    """
+    counts, vocabulary = count_parameters(model), Vocabulary.from_config(model)
+    trained = {group: count if group in trainable else 0 for group, count in counts.items()}
+    for group in ("embeddings", "head"):
+        if "vocabulary" in trainable:
+            trained[group] = counts[group]
+        elif "new_rows" in trainable:
+            trained[group] = (vocabulary.size - vocabulary.text_size) * (counts[group] // vocabulary.padded_size)
+    return trained

@@ -28,6 +28,8 @@ class Series:
     css_class: str
     smooth: bool = False
     """Draw a running mean over faint raw values."""
+    markers: bool = False
+    """Draw a ring around each point: they are few, or even one, which a line would not show."""
 
 
 def line_chart(series: Sequence[Series], *, title: str, y_label: str, allow_log: bool = True) -> str:
@@ -76,6 +78,10 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, allow_log:
             parts.append(path(points, f"raw {line.css_class}"))
             points = _smooth(points)
         parts.append(path(points, line.css_class))
+        if line.markers:
+            parts += [
+                f'<circle class="{line.css_class}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3.2"/>' for x, y in points
+            ]
     ends = "; ".join(f"{s.label} from {s.points[0][1]:.4g} to {s.points[-1][1]:.4g}" for s in drawn)
     alt = f"{title}, {y_label} over {int(x_high):,} steps: {ends}"
     scale = f"{y_label} (log scale)" if log else y_label

@@ -38,6 +38,9 @@ figure { margin:0; } .chart, .qa li, .drawing, .table { background:var(--card); 
 .generation { --stroke:var(--generation); } .key.generation::before { border-top-style:dashed; }
 polyline { fill:none; stroke:var(--stroke); stroke-width:2; stroke-linejoin:round; }
 polyline.generation { stroke-dasharray:6 2.5; } polyline.raw { stroke-width:1; opacity:.28; stroke-dasharray:none; }
+polyline.held-out { stroke-width:1.2; stroke-dasharray:none; }
+circle { fill:var(--card); stroke:var(--stroke); stroke-width:2; }
+.key.held-out::before { width:10px; height:10px; border:2px solid var(--stroke); border-radius:50%; }
 .gridline { stroke:var(--line); } .tick { fill:var(--soft); font-size:13px; }
 .table { overflow-x:auto; } .table + p { margin-top:10px; } td { white-space:nowrap; }
 table { border-collapse:collapse; width:100%; font-size:.92rem; }

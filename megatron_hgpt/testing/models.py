@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +151,7 @@ class FixedLoader:
     ) -> None:
         self.tasks, self.num_micro_batches = tasks, num_micro_batches
         self.dp_rank, self.dp_size, self.step = dp_rank, dp_size, 0
+        self.counts: Counter[str] = Counter()  # no sample is truncated or skipped
         self.per_row = {"none": 0, "by_task": 1, "mixed": 2}[packing]
         self.pad_to_multiple = pad_to_multiple
 

@@ -80,7 +80,11 @@ def train_while_writing(backbone: Path, folder: Path, parallel: dict[str, Any]) 
     assert len(changed) == len(saved)
     torch.distributed.barrier()
     go.touch()
-    assert checkpointer.published(wait=True) == [final]
+    (saved_checkpoint,) = checkpointer.published(wait=True)
+    assert saved_checkpoint.path == final
+    assert saved_checkpoint.save_time_s > 0
+    size = sum(file.stat().st_size for file in final.iterdir())
+    assert saved_checkpoint.num_bytes == (size if checkpointer.is_writer else 0)
     assert checkpointer.published(wait=True) == []
     assert final.is_dir() and not list(checkpointer.directory.glob("*.tmp"))
 
@@ -131,9 +135,9 @@ def fit(backbone: Path, folder: Path, tensor_parallel: int = 2) -> tuple[list[st
         def on_step_end(self, state: Any, record: Any) -> None:
             losses.append(record.loss)
 
-        def on_checkpoint_saved(self, state: Any, path: Path) -> None:
-            assert path.is_dir()
-            announced.append(path.name)
+        def on_checkpoint_saved(self, state: Any, checkpoint: Any) -> None:
+            assert checkpoint.path.is_dir()
+            announced.append(checkpoint.path.name)
 
     trainer.hooks.append(Recorder())
     trainer.fit()

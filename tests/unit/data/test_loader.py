@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.data.loader import TaskSchedule, TrainLoader, build_loader, build_validation_batches
+from megatron_hgpt.data.loader import TaskSchedule, TrainLoader, build_loader
 from megatron_hgpt.errors import ConfigError, DataError
-from megatron_hgpt.samples import MicroBatch, Task
+from megatron_hgpt.samples import Task
 
 C, G = Task.COMPREHENSION, Task.GENERATION
 Make = Callable[..., Path]
@@ -85,6 +83,7 @@ def test_each_epoch_draws_every_sample_once_in_another_order(tmp_path: Path, mak
     config = _config([make_dataset(tmp_path / "a", [C] * 12 + [G] * 4)])
     loader = _loader(config)  # 8 micro-batches of 2 an epoch, 4 a step
     assert loader.steps_per_epoch == 2
+    assert loader.num_samples == {C: 12, G: 4}
     epochs = [[ids for step in _steps(loader, 2) for ids in step] for _ in range(2)]
     expected = sorted([*(f"c{i}" for i in range(12)), *(f"g{i}" for i in range(12, 16))])
     for epoch in epochs:
@@ -200,23 +199,3 @@ def test_refusals(mixed: list[Path], tmp_path: Path, make_dataset: Make) -> None
     ):
         with pytest.raises(ConfigError, match=message):
             _loader(_config(mixed, mixture=mixture))
-
-
-def _validation(config: RunConfig, **options: Any) -> Iterator[MicroBatch]:
-    return build_validation_batches(
-        config, tokenizer_hash="abc", num_image_tokens=3, image_size=8, **{"tasks": (C, G), **options}
-    )
-
-
-def test_validation_is_in_order_once_and_split_over_ranks(tmp_path: Path, make_dataset: Make) -> None:
-    config = _config(validation=[make_dataset(tmp_path / "v", [C] * 3 + [G] * 2 + [C] * 3, bad=[4])])
-    seen: list[str] = []
-    batches = list(_validation(config, on_skip=lambda error: seen.append(error.reason)))
-    assert [tuple(batch.sample_ids) for batch in batches] == [("c0", "c1"), ("c2", "c5"), ("c6", "c7"), ("g3",)]
-    assert seen == ["unreadable_image"]
-    ranks = [list(_validation(config, dp_rank=rank, dp_size=2)) for rank in range(2)]
-    assert [[batch.sample_ids[0] for batch in rank] for rank in ranks] == [["c0", "c6", "g3"], ["c2"]]
-    limited = list(_validation(config, max_samples=3, tasks=[C]))
-    assert [tuple(batch.sample_ids) for batch in limited] == [("c0", "c1"), ("c2",)]
-    assert list(islice(_validation(_config()), 1)) == []
-    assert torch.equal(batches[0].tokens, next(_validation(config)).tokens)

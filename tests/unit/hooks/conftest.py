@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
+from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
 
 
 @pytest.fixture
@@ -38,6 +38,21 @@ def _record(step: int, **changes: Any) -> StepRecord:
 @pytest.fixture
 def make_record() -> Callable[..., StepRecord]:
     return _record
+
+
+@pytest.fixture
+def make_validation() -> Callable[..., ValidationRecord]:
+    def make(step: int, loss: float = 2.0) -> ValidationRecord:
+        return ValidationRecord(
+            step=step,
+            loss=loss,
+            loss_per_task={"comprehension": loss - 0.5, "generation": loss + 0.5},
+            num_samples_per_task={"comprehension": 12, "generation": 8},
+            num_tokens=90,
+            time_s=1.25,
+        )
+
+    return make
 
 
 @pytest.fixture

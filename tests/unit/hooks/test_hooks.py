@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_hgpt.checkpoint import SavedCheckpoint
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hooks import Hook, PathParameters, build_hooks
-from megatron_hgpt.hooks.console import ConsoleHook
 from megatron_hgpt.hooks.image_samples import ImageSamplesHook
 from megatron_hgpt.hooks.tensorboard import TensorBoardHook
 from megatron_hgpt.hooks.throughput import ThroughputHook, peak_bf16_flops_per_s
@@ -26,11 +26,13 @@ def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
 
 
-def test_base_hook_does_nothing(make_state, make_record, tmp_path) -> None:
+def test_base_hook_does_nothing(make_state, make_record, make_validation, tmp_path) -> None:
     hook, state = Hook(), make_state()
     hook.on_fit_start(state)
     hook.on_step_end(state, make_record(1))
-    hook.on_checkpoint_saved(state, tmp_path)
+    hook.on_validation_start(state)
+    hook.on_validation(state, make_validation(1))
+    hook.on_checkpoint_saved(state, SavedCheckpoint(path=tmp_path, num_bytes=1, save_time_s=0.1))
     hook.on_fit_end(state)
     hook.on_error(state, RuntimeError("x"))
     assert list(tmp_path.iterdir()) == []
@@ -46,35 +48,25 @@ def test_build_hooks_follows_the_configuration() -> None:
     config.logging.tensorboard = False
     assert names(config) == base
     assert names(config, sample_images=lambda state: []) == base, "the interval is 0"
+    assert type(build_hooks(config)[-1]).__name__ == "ConsoleHook", "its summary comes after all other lines"
     config.logging.sample_images_interval_steps = 5
+    config.logging.wandb_project, config.logging.mlflow_experiment = "p", "e"
     parameters = PathParameters(num_frozen=1, num_trained=1)
     assert names(config, sample_images=lambda state: [], parameters=parameters) == base | {
         "ImageSamplesHook",
+        "MLflowHook",
         "ThroughputHook",
+        "WeightsAndBiasesHook",
     }
 
 
-def test_console_logs_few_lines_without_a_terminal(make_state, run_steps, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with caplog.at_level(logging.INFO, logger="megatron_hgpt"):
-        run_steps([ConsoleHook(num_log_lines=4)], make_state(total_steps=40), last=40)
-    assert [r.message.split(":")[0] for r in caplog.records] == [
-        f"stage2 step {step}/40" for step in (1, 10, 20, 30, 40)
-    ]
-    assert "loss 4.0000, lr 1.00e-03, 1.00e-04, grad norm 0.500, 2,000 tokens/s" in caplog.text
-
-
-def test_console_bar_on_a_terminal(make_state, run_steps, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run_steps([ConsoleHook()], make_state(step=2), last=4)
-    error = capsys.readouterr().err
-    assert "stage2: 100%" in error and "4/4" in error and "loss 1.0000" in error
-    run_steps([ConsoleHook()], make_state(is_writer=False), last=4)
-    assert capsys.readouterr().err == ""
-
-
-def test_tensorboard_scalars_and_resume(make_state, run_steps, tmp_path) -> None:
-    run_steps([TensorBoardHook()], make_state(), last=3, loss=9.0)
+def test_tensorboard_scalars_and_resume(make_state, run_steps, make_validation, tmp_path) -> None:
+    hook, state = TensorBoardHook(), make_state()
+    run_steps([hook], state, last=3, loss=9.0, finish=False)
+    hook.on_validation(state, make_validation(3))
+    hook.on_fit_end(state)
+    assert _scalars(tmp_path, "validation_loss/all") == [(3, 2.0)]
+    assert _scalars(tmp_path, "validation_loss/generation") == [(3, 2.5)]
     run_steps([TensorBoardHook()], make_state(step=2), last=4)
     # float32 holds 4/3 to 1e-7.
     losses = _scalars(tmp_path, "loss/all")
@@ -171,6 +163,24 @@ def test_watchdog_dumps_stacks_while_a_step_hangs(make_state, run_steps, make_re
     finally:
         hook.on_error(state, RuntimeError("stop"))
     assert dump.exists()
+
+
+def test_watchdog_sleeps_through_a_validation(make_state, run_steps, make_validation, tmp_path) -> None:
+    """A validation many times longer than a step leaves no dump; the step after it is watched again."""
+    hook, state = WatchdogHook(slow_factor=2.0, min_timeout_s=0.1), make_state(total_steps=9)
+    dump = tmp_path / "watchdog" / "rank_0.txt"
+    try:
+        run_steps([hook], state, last=4, finish=False, step_time_s=0.01)
+        hook.on_validation_start(state)
+        time.sleep(0.4)
+        assert dump.read_text() == ""
+        hook.on_validation(state, make_validation(4))
+        deadline = time.monotonic() + 4.0
+        while not dump.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "test_watchdog_sleeps_through_a_validation" in dump.read_text()
+    finally:
+        hook.on_error(state, RuntimeError("stop"))
 
 
 def test_watchdog_leaves_nothing_after_a_usual_run(make_state, run_steps, tmp_path, caplog) -> None:

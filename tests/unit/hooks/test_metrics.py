@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 
 import pytest
 
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.hooks.metrics import MetricsHook, read_metrics, summarise_stage
+from megatron_hgpt.hooks.metrics import MetricsHook, read_metrics, read_validations, summarise_stage
 
 
 def test_a_record_holds_the_documented_fields(make_state, run_steps, tmp_path) -> None:
@@ -34,13 +33,45 @@ def test_a_record_holds_the_documented_fields(make_state, run_steps, tmp_path) -
     }
 
 
-def test_summary_file_and_line(make_state, run_steps, tmp_path, caplog) -> None:
-    with caplog.at_level(logging.INFO, logger="megatron_hgpt"):
-        run_steps([MetricsHook()], make_state(), last=4)
+def test_summary_file(make_state, run_steps, tmp_path) -> None:
+    hook = MetricsHook()
+    run_steps([hook], make_state(), last=4)
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == hook.summary
     assert summary.pop("wall_s") >= 0
     assert summary == {"stage": "stage2", "steps": 4, "first_loss": 4.0, "last_loss": 1.0, "tokens_per_s": 2000.0}
-    assert "stage2: 4 steps, loss 4.0000 -> 1.0000" in caplog.text
+
+
+def test_validations_have_a_file_of_their_own(make_state, run_steps, make_validation, tmp_path) -> None:
+    hook, state = MetricsHook(), make_state()
+    run_steps([hook], state, last=4, finish=False)
+    for step, loss in ((1, math.nan), (2, 2.0), (3, 1.0), (4, 1.5)):
+        hook.on_validation(state, make_validation(step, loss))
+    hook.on_fit_end(state)
+    records = read_validations(tmp_path)
+    assert records[1] == {
+        "step": 2,
+        "stage": "stage2",
+        "loss": 2.0,
+        "loss_comprehension": 1.5,
+        "loss_generation": 2.5,
+        "num_samples_comprehension": 12,
+        "num_samples_generation": 8,
+        "num_supervised_tokens": 90,
+        "time_s": 1.25,
+    }
+    assert records[0]["loss"] is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: value for name, value in summary.items() if "validation" in name} == {
+        "first_validation_loss": None,
+        "last_validation_loss": 1.5,
+        "best_validation_loss": 1.0,
+        "best_validation_step": 3,
+    }
+    MetricsHook().on_fit_start(make_state(step=2))
+    assert [record["step"] for record in read_validations(tmp_path)] == [1, 2], "steps that run again are dropped"
+    MetricsHook().on_fit_start(make_state())
+    assert not (tmp_path / "validation.jsonl").exists()
 
 
 def test_throughput_weighs_steps_by_their_time() -> None:

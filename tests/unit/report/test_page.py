@@ -164,6 +164,36 @@ def test_charts_are_described(page: _Page) -> None:
             assert 0 <= float(x) <= 420 and 0 <= float(y) <= 230, "inside the drawing"
 
 
+def test_held_out_losses_stand_beside_the_training_curve(tmp_path: Path) -> None:
+    run = _run(tmp_path / "s3", "stage3_joint", ("comprehension", "generation"))
+    old = _run(tmp_path / "s2", "stage2", ("generation",))  # of a version without validation
+    validations = [
+        {"step": 20, "loss": 3.0, "loss_comprehension": 2.0, "loss_generation": 4.0},
+        {"step": 40, "loss": 2.5, "loss_comprehension": None, "loss_generation": 3.5},  # not finite
+    ]
+    (run / "validation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in validations))
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"first_validation_loss": 3.125, "last_validation_loss": None, "best_validation_loss": 2.625}
+    (run / "summary.json").write_text(json.dumps(summary))
+    write_report(tmp_path / "r.html", runs=[old, run], evaluations={}, title="t")
+    html = (tmp_path / "r.html").read_text()
+    page = _Page(html)
+    circles = [attributes["class"] for attributes in page.all("circle")]
+    assert circles == ["comprehension held-out", "generation held-out", "generation held-out"]
+    assert "comprehension, held out from 2 to 2; generation, held out from 4 to 3.5" in page.all("svg")[1]["aria-label"]
+    assert "held out" not in page.all("svg")[0]["aria-label"]
+    header = re.findall(r"<th scope=\"col\">(.*?)</th>", html)
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", html)
+    columns = [header.index(f"{name} validation") - 1 for name in ("First", "Last", "Best")]
+    cells = {name: re.findall(r"<td>(.*?)</td>", text) for name, text in rows}
+    assert [cells["stage3_joint"][i] for i in columns] == ["3.125", "–", "2.625"]
+    assert [cells["stage2"][i] for i in columns] == ["–", "–", "–"]
+
+
+def test_without_validation_the_table_has_no_column_for_it(page: _Page) -> None:
+    assert "validation" not in page.text and "held out" not in page.text
+
+
 def test_chart_coordinates_by_hand() -> None:
     series = Series(label="a", points=[(0, 0.0), (50, 2.0), (100, 4.0)], css_class="all")
     svg = line_chart([series], title="t", y_label="loss")
