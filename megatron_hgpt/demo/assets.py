@@ -121,11 +121,15 @@ def build_tiny_backbone(folder: Path, *, text_vocab_size: int, seed: int) -> Non
     """Random Phi-3-shaped backbone of 4 layers and 128 channels."""
     from megatron_hgpt.demo.checkpoints import write_tiny_phi3
 
-    settings = {**TINY_BACKBONE, "initializer_range": TINY_INITIALIZER_RANGE, "text_vocab_size": text_vocab_size}
+    settings: dict[str, Any] = {
+        **TINY_BACKBONE,
+        "initializer_range": TINY_INITIALIZER_RANGE,
+        "text_vocab_size": text_vocab_size,
+    }
     inputs = {**settings, "seed": seed, "code": _code("megatron_hgpt.demo.checkpoints")}
     with step("backbone", folder, inputs) as target:
         if target is not None:
-            write_tiny_phi3(target, seed=seed, **settings)  # type: ignore[arg-type]
+            write_tiny_phi3(target, seed=seed, **settings)
 
 
 def build_smollm2_backbone(folder: Path) -> None:
