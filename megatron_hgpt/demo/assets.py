@@ -97,7 +97,9 @@ def build_dataset(folder: Path, *, seed: int) -> None:
     from megatron_hgpt.demo.mini_vl_health import build_mini_vl_health
 
     packages = {name: _version(name) for name in ("pydicom", "nibabel", "scikit-image", "pillow")}
-    code = _code(*(f"megatron_hgpt.demo.{module}" for module in ("mini_vl_health", "mini_sources", "mini_volumes")))
+    code = _code(
+        *(f"megatron_hgpt.demo.{module}" for module in ("mini_vl_health", "mini_sources", "mini_volumes", "questions"))
+    )
     with step("dataset", folder, {"seed": seed, "packages": packages, "code": code}) as target:
         if target is not None:
             for split, numbers in build_mini_vl_health(target, seed=seed).items():
@@ -219,6 +221,7 @@ def build_assets(
         **VQGAN,
         "train": f"{dataset.name}/train.json",
         "test": f"{dataset.name}/test.json",
+        "wordings": f"{dataset.name}/wordings.json",
         "seed": seed,
     }
     write_atomic(output / "assets.json", json.dumps(assets, indent=1) + "\n")
