@@ -159,11 +159,12 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
     from PIL import Image
 
     from megatron_hgpt.vision import vqgan_training
+    from megatron_hgpt.vl_health.vqgan_pictures import Progress
 
     card = json.loads((dataset / "sources.json").read_text())
     files = [dataset / picture["image"] for picture in card["pictures"] if picture["split"] == "train"]
     code = _code(*(f"megatron_hgpt.vision.{module}" for module in ("vqgan_training", "vqgan", "vqgan_blocks")))
-    settings = {
+    settings: dict[str, Any] = {
         "resolution": VQGAN["resolution"],
         "num_codes": VQGAN["num_codes"],
         "num_steps": num_steps,
@@ -173,7 +174,8 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
     with step("vqgan", folder, inputs) as target:
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]
-            figures = vqgan_training.train_vqgan(images, target, **settings)  # type: ignore[arg-type]
+            progress = Progress(num_steps, lambda line: say(f"  {line}"))
+            figures = vqgan_training.train_vqgan(images, target, progress=progress, **settings)
             say(f"  round trip {figures['psnr']:.1f} dB, {figures['codes_used']:.0f} codes used")
 
 

@@ -29,7 +29,7 @@ from megatron_hgpt.report.page import write_report
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the demo runs its commands and takes its configurations from there."""
 STAGES = ("stage1", "stage2", "stage3")
-SPLITS = {"train": "train", "held-out pictures": "test", "held-out wordings": "wordings"}
+SPLITS = {"train": "train", "held-out-pictures": "test", "held-out-wordings": "wordings"}
 """Name of an evaluated split -> its file's name among the assets."""
 
 
@@ -179,7 +179,7 @@ def _run(arguments: argparse.Namespace) -> None:
         train(configs[stage], arguments.overrides)
     announce("6/6 evaluation: training data, held-out pictures, held-out wordings; report")
     evaluate(output, assets, folder, max_vqa=arguments.max_vqa, max_images=arguments.max_images)
-    folders = {split: output / "evaluation" / split for split in SPLITS}
+    folders = {split.replace("out-", "out "): output / "evaluation" / split for split in SPLITS}
     write_report(
         output / "report.html",
         runs=[output / stage for stage in STAGES],
