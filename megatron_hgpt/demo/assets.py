@@ -175,8 +175,22 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]
             progress = Progress(num_steps, lambda line: say(f"  {line}"))
-            figures = vqgan_training.train_vqgan(images, target, progress=progress, **settings)
+            with _one_thread():
+                figures = vqgan_training.train_vqgan(images, target, progress=progress, **settings)
             say(f"  round trip {figures['psnr']:.1f} dB, {figures['codes_used']:.0f} codes used")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """In layers as small as these a second thread waits more than it works, above all where cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _text_vocab_size(folder: Path) -> int:

@@ -107,7 +107,7 @@ def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder:
         call([sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_vl_health.py"),
              "--config", str(stage_config),
              "--input", str(source), "--image-root", str(source.parent), "--output", str(target), "--overwrite",
-             "--workers", "2"])  # fmt: skip
+             "--workers", "2"], OMP_NUM_THREADS="1")  # fmt: skip
 
 
 def train(config: Path, overrides: list[str]) -> None:
@@ -136,7 +136,7 @@ def ask(output: Path, image: Path, question: str) -> str:
     """One question through the command that a user has for it."""
     result = call([sys.executable, str(ROOT / "tools" / "generate.py"), "--checkpoint", str(output / "stage3"),
                    "--image", str(image), "--question", question], stdout=subprocess.PIPE,
-                  PYTHONWARNINGS="ignore")  # fmt: skip
+                  OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")  # fmt: skip
     return result.stdout.strip()
 
 

@@ -139,7 +139,8 @@ def test_the_slurm_script_starts_a_run_on_two_nodes(demo: Path, tmp_path: Path) 
     commands = tmp_path / "bin"
     commands.mkdir()
     # Backgrounded tasks and their statuses, which is what srun does with one task per node.
-    srun = '#!/bin/bash\n[ "$1" = --kill-on-bad-exit=1 ] || exit 9\nshift\n"$@" & first=$!\n"$@" & second=$!\n'
+    srun = '#!/bin/bash\n[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=4" ] || exit 9\nshift 2\n'
+    srun += '"$@" & first=$!\n"$@" & second=$!\n'
     (commands / "srun").write_text(srun + "wait $first && wait $second\n")
     (commands / "scontrol").write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.2\\nx\\n"\n'
@@ -148,7 +149,8 @@ def test_the_slurm_script_starts_a_run_on_two_nodes(demo: Path, tmp_path: Path) 
         command.chmod(0o755)
     slurm = {
         "PATH": f"{commands}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17", "MASTER_PORT": str(free_port()),
+        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17",
+        "SLURM_CPUS_PER_TASK": "4", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     result = subprocess.run(
         [
