@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what the package says: each heading in code marks is found in a message of the code."""
+"""docs/troubleshooting.md quotes what the package says: each heading in code marks is found in a message of it."""
 
 from __future__ import annotations
 

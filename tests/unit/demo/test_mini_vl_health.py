@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_hgpt.demo import mini_sources
 from megatron_hgpt.demo import mini_vl_health as mini
 from megatron_hgpt.demo.questions import EXAMPLE_QUESTION, OPEN_PER_ATTRIBUTE, QUESTIONS, phrase
+from megatron_hgpt.demo.summary import example
 from megatron_hgpt.errors import DataError
 
 pydicom = pytest.importorskip("pydicom")
@@ -270,6 +271,13 @@ def test_conversion_pairs_show_the_same_place(card: dict[str, Any], records: dic
             assert np.allclose(affine[2, :2], 0)  # axial slices are level
             heights.append(affine[2, 2] * index + affine[2, 3])
         assert heights[0] == heights[1]
+
+
+def test_the_readme_asks_what_the_demo_asks(dataset: Path) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    image, _ = example(dataset)
+    assert f"vl_health_mini/images/{image.name} " in readme
+    assert readme.split('--question "')[1].startswith(EXAMPLE_QUESTION), "README's first question"
 
 
 def test_missing_package_and_file_are_named() -> None:
