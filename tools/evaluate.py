@@ -24,6 +24,12 @@ def main() -> int:
         "--data", action="append", required=True, metavar="[SPLIT=]FILE", help="test file; repeat for several splits"
     )
     parser.add_argument("--image-root", type=Path, help="folder of the images; default: the test file's")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="training file; its most frequent answers are scored beside the model",
+    )
     parser.add_argument("--output", type=Path, required=True, help="a folder per split is written below it")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--max-vqa", type=int, help="questions per split at most")
@@ -34,12 +40,15 @@ def main() -> int:
 
     from megatron_hgpt import distributed
     from megatron_hgpt.errors import HealthGPTError
-    from megatron_hgpt.evaluation.runner import evaluate
+    from megatron_hgpt.evaluation.runner import evaluate, majority_baseline
     from megatron_hgpt.evaluation.store import save_results
     from megatron_hgpt.inference.loading import load_run
 
     try:
         run = load_run(arguments.checkpoint, tensor_parallel=arguments.tensor_parallel, overrides=arguments.overrides)
+        root: Path | None = arguments.image_root
+        train: Path | None = arguments.baseline
+        baseline = majority_baseline(train, root or train.parent) if train else None
         for item in arguments.data:
             name, separator, path = item.rpartition("=")
             file = Path(path)
@@ -47,10 +56,11 @@ def main() -> int:
             results = evaluate(
                 run,
                 file,
-                arguments.image_root or file.parent,
+                root or file.parent,
                 max_vqa=arguments.max_vqa,
                 max_images=arguments.max_images,
                 max_new_tokens=arguments.max_new_tokens,
+                baseline=baseline,
             )
             if results is not None:
                 summary = save_results(arguments.output / split, vqa=results[0], images=results[1], split=split)
