@@ -13,6 +13,7 @@ from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.distributed import DistributedContext
+from megatron_hgpt.environment import world_size_from_environment
 from megatron_hgpt.hooks import PathParameters, TrainState
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
@@ -28,7 +29,7 @@ def main(config: RunConfig) -> None:
     Raises:
         ConfigError, CheckpointError, DataError: bad input, before any training work is lost.
     """
-    validate(config, distributed.world_size_from_environment())
+    validate(config, world_size_from_environment())
     stage = resolve_stage(config.training)
     context = distributed.initialize(config.parallel, config.training.seed)
     _configure_logging(context.is_writer)

@@ -19,7 +19,7 @@ from megatron_hgpt.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "megatron_hgpt").rglob("*.py"))
-ENVIRONMENT_READERS = {"megatron_hgpt/distributed.py", "megatron_hgpt/cpu_platform.py"}
+ENVIRONMENT_READERS = {f"megatron_hgpt/{name}.py" for name in ("distributed", "environment", "cpu_platform")}
 EAGER_TRITON = {"megatron_hgpt/hlora/gate_triton.py"}
 """Kernels need triton to be defined; the module itself is imported lazily."""
 

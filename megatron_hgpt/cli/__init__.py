@@ -1,0 +1,5 @@
+"""The command line: one file per command, one frame around all of them; nothing else imports this package."""
+
+from megatron_hgpt.cli.frame import main
+
+__all__ = ["main"]

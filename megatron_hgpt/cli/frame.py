@@ -1,0 +1,202 @@
+"""What every command shares: choosing it, its options, configuration and overrides, logging, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_hgpt import __version__
+from megatron_hgpt.cli.commands import COMMANDS, command_named
+from megatron_hgpt.cli.library_messages import silence_known
+from megatron_hgpt.environment import rank_from_environment
+from megatron_hgpt.errors import HealthGPTError, did_you_mean
+
+if TYPE_CHECKING:
+    from megatron_hgpt.config import RunConfig
+
+USER_ERROR = 2
+"""Exit status of a mistake that one line explains."""
+RANK_ERROR_DELAY_S = 10.0
+"""Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0 says
+them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
+
+
+class UsageError(HealthGPTError):
+    """The command line itself is wrong: an unknown command or option, a missing or malformed argument."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are exceptions with the nearest option's name, and not the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        hint = ""
+        if unknown := re.match(r"unrecognized arguments: (-\S+)", message):
+            hint = did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
+        raise UsageError(f"{self.prog}: {message}{hint or f'; see {self.prog} --help'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hgpt`` and ``python -m megatron_hgpt``: runs the command that the first argument names.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0, what the command says, or 2 after a user's mistake, which is one line on stderr.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            sys.stdout.write(usage())
+            return 0
+        if words[0] == "--version":
+            sys.stdout.write(f"megatron_hgpt {__version__}\n")
+            return 0
+        return run_command(words[0], words[1:])
+    except HealthGPTError as error:
+        return report_error(error, verbose="--verbose" in words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `hgpt config | head`: the reader has gone, and there is nothing left to flush to
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+
+
+def usage() -> str:
+    """The text of ``hgpt --help``: every command with its line."""
+    lines = [f"  {name:<16}{command_named(name).HELP}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: hgpt COMMAND [options] [section.key=value …]",
+            "",
+            "Train HealthGPT, a medical vision-language model that reads and draws, on Megatron-Core.",
+            "",
+            "commands",
+            *lines,
+            "",
+            "hgpt COMMAND --help    options and examples of a command",
+            "hgpt config --explain  every key that a configuration file and key=value may set",
+            "hgpt --version         the version",
+            "",
+        ]
+    )
+
+
+def build_parser(name: str) -> Parser:
+    """The parser of a command with the options that all have."""
+    command = command_named(name)
+    parser = Parser(
+        prog=f"hgpt {name}",
+        description=command.HELP,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in command.EXAMPLES.strip().splitlines()),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="debug messages, and the traceback of an error")
+    return parser
+
+
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """Parse the arguments of a command and run it.
+
+    Raises:
+        UsageError: no such command, or arguments that it does not have.
+        HealthGPTError: the command's own.
+    """
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UsageError(f"hgpt: command {name!r} is unknown{hint}")
+    try:
+        arguments = build_parser(name).parse_intermixed_args(list(argv))
+    except SystemExit as ended:  # --help has printed its text
+        return int(ended.code or 0)
+    arguments.argv = list(argv)
+    command = command_named(name)
+    silence_known()
+    configure_logging(logging.DEBUG if arguments.verbose else getattr(command, "LOG_LEVEL", logging.INFO))
+    return command.run(arguments) or 0
+
+
+def configure_logging(level: int) -> None:
+    """Log to stderr from `level` up, on other ranks than the first from ERROR up; stdout is for results alone."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron_hgpt").setLevel(level if rank_from_environment() == 0 else max(level, logging.ERROR))
+
+
+def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
+    """Say a user's mistake in one line on stderr, once for all processes of a group; returns the exit status."""
+    rank = rank_from_environment()
+    if rank:
+        time.sleep(RANK_ERROR_DELAY_S)
+    if verbose:
+        traceback.print_exception(error)
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    sys.stderr.write(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {message}\n")
+    sys.stderr.flush()
+    return USER_ERROR
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """``--config``, ``--preset`` and overrides: a run's configuration, for `load`."""
+    from megatron_hgpt.config_io import preset_names
+
+    group = parser.add_argument_group("configuration")
+    group.add_argument("--config", metavar="FILE", help="YAML run configuration")
+    group.add_argument("--preset", metavar="NAME", help=f"a model beneath the file: {', '.join(preset_names())}")
+    group.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, as training.seed=7")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Overrides of a configuration that a checkpoint brings along."""
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the stored one, as model.backbone=FOLDER"
+    )
+
+
+def load(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that the options of `add_configuration` name.
+
+    Raises:
+        ConfigError: an unknown key, preset or file, a value that does not fit.
+    """
+    from megatron_hgpt.config_io import load_config
+
+    return load_config(arguments.config, arguments.overrides, arguments.preset)
+
+
+def write(*parts: Any) -> None:
+    """A line of a command's result on stdout, now."""
+    sys.stdout.write(" ".join(str(part) for part in parts) + "\n")
+    sys.stdout.flush()
+
+
+def pair(text: str) -> tuple[str, str]:
+    """The type of a NAME=VALUE option."""
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def at_least(limit: int) -> Any:
+    """The type of an option that is a whole number of at least `limit`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = limit - 1
+        if number < limit:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {limit}")
+        return number
+
+    return parse

@@ -1,0 +1,71 @@
+"""What torchrun tells its processes, and what a user may tell the launcher, read without importing torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from megatron_hgpt.errors import ConfigError
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """Global rank of this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of a group that a launcher started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """The machines of a run that is started without Slurm or torchrun, from NNODES, NODE_RANK, MASTER_ADDR, …"""
+
+    num_nodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    processes_per_node: int | None = None
+    """None leaves it to the layout and the GPUs of this machine."""
+
+
+def nodes_from_environment() -> Nodes:
+    """NPROC_PER_NODE, NNODES, and for several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: a number that is none, or a variable that several nodes need and that is not set.
+    """
+    num_nodes, processes = _count("NNODES"), _count("NPROC_PER_NODE")
+    if num_nodes is None or num_nodes == 1:
+        return Nodes(processes_per_node=processes)
+    for name in ("NODE_RANK", "MASTER_ADDR"):
+        if not os.environ.get(name):
+            raise ConfigError(f"NNODES={num_nodes} needs {name}: set NODE_RANK and MASTER_ADDR on every node")
+    return Nodes(
+        num_nodes=num_nodes,
+        node_rank=_count("NODE_RANK", at_least=0) or 0,
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=_count("MASTER_PORT") or 29500,
+        processes_per_node=processes,
+    )
+
+
+def _count(name: str, at_least: int = 1) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdigit() or int(text) < at_least:
+        raise ConfigError(f"{name}={text!r} must be a whole number of at least {at_least}")
+    return int(text)
+
+
+def share_cores(processes: int) -> None:
+    """Give every process of this machine its share of the cores, unless the user set OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, -(-cores // processes))))
