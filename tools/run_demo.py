@@ -9,170 +9,24 @@ Everything goes to runs/demo (or --output). A second run continues where the fir
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-STAGES = ("stage1", "stage2", "stage3")
-
-
-def announce(text: str) -> None:
-    """A line that stands out between the output of the steps."""
-    print(f"\n== {text}", flush=True)
-
-
-def run(command: list[str], **environment: str) -> None:
-    """Run a step; its failure ends the demo with its own message."""
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment})
-    if result.returncode:
-        print(f"step failed (exit status {result.returncode}): {' '.join(command)}", file=sys.stderr)
-        sys.exit(result.returncode)
-
-
-def model_section(assets: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The folders and sizes of the assets as a `model` section."""
-    hf_config = json.loads((folder / assets["backbone"] / "config.json").read_text())
-    return {
-        "backbone": str(folder / assets["backbone"]),
-        "tokenizer": str(folder / assets["tokenizer"]),
-        "hf_config": hf_config,
-        "vision": {"tower": str(folder / assets["tower"])},
-        "vq": {"path": str(folder / assets["vqgan"])},
-        "vocabulary": {"text_size": assets["text_vocab_size"]},
-    }
-
-
-def write_run_config(output: Path, backbone: str, stage: str, model: dict[str, Any], overrides: list[str]) -> Path:
-    """The configuration of one stage over the shipped one; a changed configuration starts the stage afresh."""
-    import yaml
-
-    previous = {"stage1": None, "stage2": "stage1", "stage3": "stage2"}[stage]
-    values = {
-        "base": str(ROOT / "examples" / "configs" / f"{backbone}_{stage}.yaml"),
-        "output_dir": str(output / stage),
-        "model": model,
-        "data": {"train": [str(output / "data" / "train")], "validation": [str(output / "data" / "held-out")]},
-        "checkpoint": {"init_from": [str(output / previous)] if previous else []},
-    }
-    path = output / f"{stage}.yaml"
-    text = yaml.safe_dump(values, sort_keys=False)
-
-    from megatron_hgpt.config_io import dump, load_config
-    from megatron_hgpt.files import write_atomic
-
-    write_atomic(path, text)
-    resolved = dump(load_config(path, overrides))
-    marker = output / stage / "demo_config.yaml"
-    if (output / stage).exists() and (not marker.is_file() or marker.read_text() != resolved):
-        shutil.rmtree(output / stage)
-    write_atomic(marker, resolved)
-    return path
-
-
-def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder: Path) -> None:
-    """Both splits into indexed mmap; skipped where the dataset is newer than its inputs."""
-    for split, name in (("train", "train"), ("held-out", "test")):
-        source, target = folder / assets[name], output / "data" / split
-        inputs = [source, folder / assets["vqgan"] / "last.ckpt", folder / assets["tokenizer"] / "tokenizer.json"]
-        manifest = target / "manifest.json"
-        if manifest.is_file() and all(
-            manifest.stat().st_mtime > file.stat().st_mtime for file in inputs if file.exists()
-        ):
-            print(f"{target}: up to date, skipped", flush=True)
-            continue
-        run([sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_vl_health.py"),
-             "--config", str(stage_config),
-             "--input", str(source), "--image-root", str(source.parent), "--output", str(target), "--overwrite",
-             "--workers", "2"])  # fmt: skip
-
-
-def train(config: Path, overrides: list[str]) -> None:
-    """One stage through the launcher that users have."""
-    run(["bash", str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(config), *overrides],
-        PYTHON=sys.executable, PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
-
-
-def evaluate(
-    output: Path, assets: dict[str, Any], folder: Path, *, max_vqa: int | None, max_images: int | None
-) -> None:
-    """Both splits with the last stage's model; every core holds a whole model and a share of the samples."""
-    processes = min(2, os.cpu_count() or 1)
-    limits = [
-        f"--{name}={value}" for name, value in (("max-vqa", max_vqa), ("max-images", max_images)) if value is not None
-    ]
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"),
-         "--output", str(output / "evaluation"),
-         "--data", f"train={folder / assets['train']}", "--data", f"held-out={folder / assets['test']}", *limits],
-        OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONPATH=str(ROOT))  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> int:
     """Command line."""
+    from megatron_hgpt.demo.run import add_arguments, run
+    from megatron_hgpt.errors import HealthGPTError
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=("tiny", "smollm2"), default="tiny")
-    parser.add_argument("--output", type=Path, help="default: runs/demo (runs/demo-smollm2)")
-    parser.add_argument("--vqgan-steps", type=int, default=500, help="optimizer steps of the VQGAN")
-    parser.add_argument("--max-vqa", type=int, help="questions evaluated per split at most")
-    parser.add_argument("--max-images", type=int, help="pictures evaluated per split at most")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every stage's configuration")
-    arguments = parser.parse_intermixed_args()
-    output: Path = (
-        arguments.output or ROOT / "runs" / ("demo" if arguments.backbone == "tiny" else "demo-smollm2")
-    ).resolve()
-    started = time.monotonic()
-
-    from build_demo_assets import build_assets
-
-    from megatron_hgpt.report.page import write_report
-
-    announce("1/6 models and data: real images from installed packages, a tokenizer, a backbone, a tower, a VQGAN")
-    folder = output / "assets"
-    assets = build_assets(folder, backbone=arguments.backbone, vqgan_steps=arguments.vqgan_steps)
-    model = model_section(assets, folder)
-    configs = {
-        stage: write_run_config(output, arguments.backbone, stage, model, arguments.overrides) for stage in STAGES
-    }
-    announce("2/6 preprocessing: templates, label masks and VQ indices into indexed mmap files")
-    preprocess(output, configs["stage1"], assets, folder)
-    for i, stage in enumerate(STAGES):
-        announce(f"{3 + i}/6 training {stage} (TensorBoard: {output / stage / 'tensorboard'})")
-        train(configs[stage], arguments.overrides)
-    announce("6/6 evaluation and report")
-    evaluate(output, assets, folder, max_vqa=arguments.max_vqa, max_images=arguments.max_images)
-    write_report(
-        output / "report.html",
-        runs=[output / stage for stage in STAGES],
-        evaluations={split: output / "evaluation" / split for split in ("train", "held-out")},
-        title="HealthGPT demo",
-        notes={
-            "Backbone": arguments.backbone,
-            "Wall time": f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores",
-        },
-    )
-    print_summary(output)
-    print(f"\nreport: {output / 'report.html'}\nwall time: {time.monotonic() - started:.0f} s", flush=True)
-    return 0
-
-
-def print_summary(output: Path) -> None:
-    """The headline figures of both splits."""
-    from megatron_hgpt.evaluation.image import summarise_images
-    from megatron_hgpt.evaluation.store import load_results
-    from megatron_hgpt.evaluation.vqa import summarise_vqa
-
-    for split in ("train", "held-out"):
-        results = load_results(output / "evaluation" / split)
-        print(f"\n{split}")
-        print(json.dumps({"vqa": summarise_vqa(results.vqa), "images": summarise_images(results.images)}, indent=1))
+    add_arguments(parser)
+    try:
+        return run(parser.parse_intermixed_args())
+    except HealthGPTError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

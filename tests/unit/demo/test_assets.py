@@ -2,79 +2,67 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from megatron_hgpt.demo import assets as assets_module
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.vision.vqgan import VQGAN
 
-TOOL = Path(__file__).parents[3] / "tools" / "build_demo_assets.py"
 
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_demo_assets", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _run(tool: ModuleType, folder: Path, inputs: dict[str, int], content: str) -> bool:
-    with tool.step("thing", folder, inputs) as target:
+def _run(folder: Path, inputs: dict[str, int], content: str) -> bool:
+    with assets_module.step("thing", folder, inputs) as target:
         if target is not None:
             (target / "file").write_text(content)
     return target is not None
 
 
-def test_step_runs_once_per_input(tool: ModuleType, tmp_path: Path) -> None:
+def test_step_runs_once_per_input(tmp_path: Path) -> None:
     folder = tmp_path / "thing"
-    assert _run(tool, folder, {"a": 1}, "first")
-    assert not _run(tool, folder, {"a": 1}, "second")
+    assert _run(folder, {"a": 1}, "first")
+    assert not _run(folder, {"a": 1}, "second")
     assert (folder / "file").read_text() == "first"
-    assert _run(tool, folder, {"a": 2}, "third")
+    assert _run(folder, {"a": 2}, "third")
     assert (folder / "file").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
-def test_failed_step_leaves_the_old_result(tool: ModuleType, tmp_path: Path) -> None:
+def test_failed_step_leaves_the_old_result(tmp_path: Path) -> None:
     folder = tmp_path / "thing"
-    _run(tool, folder, {"a": 1}, "first")
-    with pytest.raises(RuntimeError, match="broken"), tool.step("thing", folder, {"a": 2}) as target:
+    _run(folder, {"a": 1}, "first")
+    with pytest.raises(RuntimeError, match="broken"), assets_module.step("thing", folder, {"a": 2}) as target:
         (target / "file").write_text("half")
         raise RuntimeError("broken")
     assert (folder / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
-def test_foreign_folder_is_refused(tool: ModuleType, tmp_path: Path) -> None:
+def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "precious").write_text("x")
     with pytest.raises(DataError, match="not written by this tool"):
-        _run(tool, tmp_path / "thing", {"a": 1}, "first")
+        _run(tmp_path / "thing", {"a": 1}, "first")
     assert (tmp_path / "thing" / "precious").read_text() == "x"
 
 
 def test_tower_and_backbone_are_rebuilt_only_for_another_seed(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("transformers")
     for seed in (0, 0, 1):
-        tool.build_tower(tmp_path / "tower", seed=seed)
-        tool.build_tiny_backbone(tmp_path / "backbone", text_vocab_size=100, seed=seed)
+        assets_module.build_tower(tmp_path / "tower", seed=seed)
+        assets_module.build_tiny_backbone(tmp_path / "backbone", text_vocab_size=100, seed=seed)
     text = capsys.readouterr().out
     assert text.count("skipped") == 2 and text.count("done in") == 4
     assert json.loads((tmp_path / "backbone" / "config.json").read_text())["vocab_size"] == 100
 
 
-def test_all_tiny_assets(tool: ModuleType, tmp_path: Path) -> None:
+def test_all_tiny_assets(tmp_path: Path) -> None:
     for package in ("pydicom", "nibabel", "skimage", "transformers"):
         pytest.importorskip(package)
-    assets = tool.build_assets(tmp_path, backbone="tiny", vqgan_steps=2)
+    assets = assets_module.build_assets(tmp_path, backbone="tiny", vqgan_steps=2)
     assert assets == json.loads((tmp_path / "assets.json").read_text())
     for name in ("backbone", "tokenizer", "tower", "vqgan", "train", "test"):
         assert (tmp_path / assets[name]).exists()
