@@ -52,6 +52,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_hgpt", "megatron_hgpt.*"]),
+    entry_points={"console_scripts": ["hgpt = megatron_hgpt.cli:main"]},
     package_data={"megatron_hgpt": ["presets/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

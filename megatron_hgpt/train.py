@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +142,18 @@ def _configure_logging(is_writer: bool) -> None:
     logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.ERROR)
     # It announces at every start, as warnings, that its optional machinery is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+
+
+class _CallableModule(types.ModuleType):
+    """This module, as the function of the same name that ``from megatron_hgpt import train`` promises.
+
+    A package's attribute is bound to a submodule as soon as anything imports it, so a function of a submodule's name
+    would be there or not depending on who imported what before.
+    """
+
+    def __call__(self, config: RunConfig) -> None:
+        """`main`."""
+        self.main(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule

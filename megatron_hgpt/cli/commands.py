@@ -4,6 +4,7 @@ A command's module has
 
     HELP                      one line, for ``hgpt --help``
     EXAMPLES                  lines that a user may copy, for the end of ``hgpt <command> --help``
+    NOTES                     what a user must know beside the options; may be empty
     add_arguments(parser)     its own options; `frame.add_configuration` or `frame.add_overrides` for the shared ones
     run(arguments)            does it; returns the exit status, None is 0
 
@@ -23,6 +24,7 @@ class Command(Protocol):
 
     HELP: str
     EXAMPLES: str
+    NOTES: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's own options."""

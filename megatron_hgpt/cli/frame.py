@@ -6,16 +6,18 @@ import argparse
 import logging
 import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hgpt import __version__
-from megatron_hgpt.cli.commands import COMMANDS, command_named
+from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
 from megatron_hgpt.environment import rank_from_environment
-from megatron_hgpt.errors import HealthGPTError, did_you_mean
+from megatron_hgpt.errors import ConfigError, HealthGPTError, did_you_mean
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 """Exit status of a mistake that one line explains."""
 RANK_ERROR_DELAY_S = 10.0
-"""Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0 says
-them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
+"""Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
+says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
 
 
 class UsageError(HealthGPTError):
@@ -95,13 +97,26 @@ def build_parser(name: str) -> Parser:
     parser = Parser(
         prog=f"hgpt {name}",
         description=command.HELP,
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in command.EXAMPLES.strip().splitlines()),
+        epilog=_epilog(command),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
         allow_abbrev=False,
     )
     command.add_arguments(parser)
     parser.add_argument("--verbose", action="store_true", help="debug messages, and the traceback of an error")
+    required = [
+        f"{action.option_strings[0]} {action.metavar}{' …' if action.nargs == '+' else ''}"
+        for action in parser._actions
+        if action.required and action.option_strings
+    ]
+    overrides = ["[key=value …]"] if any(action.dest == "overrides" for action in parser._actions) else []
+    parser.usage = " ".join([f"hgpt {name}", *required, "[options]", *overrides])
     return parser
+
+
+def _epilog(command: Command) -> str:
+    """What stands below the options: the notes, wrapped, and the examples."""
+    notes = [*textwrap.wrap(" ".join(command.NOTES.split()), 79), ""] if command.NOTES.strip() else []
+    return "\n".join([*notes, "examples:", *(f"  {line}" for line in command.EXAMPLES.strip().splitlines())])
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
@@ -171,6 +186,16 @@ def load(arguments: argparse.Namespace) -> RunConfig:
     from megatron_hgpt.config_io import load_config
 
     return load_config(arguments.config, arguments.overrides, arguments.preset)
+
+
+def require_file(path: Path, option: str) -> None:
+    """Refuse a missing input at once, before a model is loaded for it.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{option} {path} is not a file; name one that exists")
 
 
 def write(*parts: Any) -> None:

@@ -12,11 +12,12 @@ HELP = "train one stage; resumes where an earlier run stopped"
 EXAMPLES = """
 hgpt train --config my_run.yaml --dry-run
 hgpt train --config my_run.yaml training.num_epochs=2
-torchrun --nproc-per-node 8 examples/pretrain_hgpt.sh --config my_run.yaml
-NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 hgpt train --config my_run.yaml   (on each node)
-
-hgpt starts the processes itself: as many as the GPUs hold replicas of the model, on a CPU one replica
-(tensor x pipeline x context), or NPROC_PER_NODE. Under torchrun it is one of torchrun's processes.
+torchrun --nproc-per-node 8 -m megatron_hgpt train --config my_run.yaml
+NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 hgpt train --config my_run.yaml
+"""
+NOTES = """
+hgpt starts the processes itself: as many as the GPUs hold replicas of the model, on a CPU one replica (tensor x
+pipeline x context), or NPROC_PER_NODE. Under torchrun it is one of torchrun's processes.
 """
 
 
@@ -35,10 +36,12 @@ def run(arguments: argparse.Namespace) -> int | None:
         return _dry_run(config)
     if not started_by_torchrun():
         from megatron_hgpt.cli.processes import processes_per_node, run_processes
+        from megatron_hgpt.validation import validate
 
         nodes = nodes_from_environment()
         processes = processes_per_node(config.parallel, nodes)
         if processes * nodes.num_nodes > 1:
+            validate(config, processes * nodes.num_nodes)  # before every process imports and says the same
             return run_processes(processes, nodes, ["train", *arguments.argv])
     from megatron_hgpt.train import main
 
