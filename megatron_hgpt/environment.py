@@ -23,13 +23,19 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def error_file_from_environment() -> str | None:
+    """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
     """The machines of a run that is started without Slurm or torchrun, from NNODES, NODE_RANK, MASTER_ADDR, …"""
 
     num_nodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
+    node_rank: int | None = None
+    master_addr: str | None = None
+    """Of the first node; both are needed where there are several."""
     master_port: int = 29500
     processes_per_node: int | None = None
     """None leaves it to the layout and the GPUs of this machine."""
@@ -39,20 +45,14 @@ def nodes_from_environment() -> Nodes:
     """NPROC_PER_NODE, NNODES, and for several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ConfigError: a number that is none, or a variable that several nodes need and that is not set.
+        ConfigError: a number that is none.
     """
-    num_nodes, processes = _count("NNODES"), _count("NPROC_PER_NODE")
-    if num_nodes is None or num_nodes == 1:
-        return Nodes(processes_per_node=processes)
-    for name in ("NODE_RANK", "MASTER_ADDR"):
-        if not os.environ.get(name):
-            raise ConfigError(f"NNODES={num_nodes} needs {name}: set NODE_RANK and MASTER_ADDR on every node")
     return Nodes(
-        num_nodes=num_nodes,
-        node_rank=_count("NODE_RANK", at_least=0) or 0,
-        master_addr=os.environ["MASTER_ADDR"],
+        num_nodes=_count("NNODES") or 1,
+        node_rank=_count("NODE_RANK", at_least=0),
+        master_addr=os.environ.get("MASTER_ADDR") or None,
         master_port=_count("MASTER_PORT") or 29500,
-        processes_per_node=processes,
+        processes_per_node=_count("NPROC_PER_NODE"),
     )
 
 

@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     folders = arguments.dataset or [Path(folder) for folder in (*config.data.train, *config.data.validation)]
     if not folders:
         raise ConfigError("no dataset folder: pass --dataset, or set data.train")
+    for folder in folders:
+        frame.require_folder(folder, "--dataset" if arguments.dataset else "data.train or data.validation:")
     from megatron_hgpt.data.feature_cache import DTYPES
     from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
     from megatron_hgpt.samples import TASKS

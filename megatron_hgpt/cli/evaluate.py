@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate every split; the summaries go to stdout as JSON."""
+    frame.require_run(arguments.checkpoint)
     splits = {name or Path(path).stem: Path(path) for name, _, path in (i.rpartition("=") for i in arguments.data)}
     for file in splits.values():
         frame.require_file(file, "--data")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -16,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_hgpt import __version__
 from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
-from megatron_hgpt.environment import rank_from_environment
-from megatron_hgpt.errors import ConfigError, HealthGPTError, did_you_mean
+from megatron_hgpt.environment import error_file_from_environment, rank_from_environment
+from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -150,12 +152,18 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
     """Say a user's mistake in one line on stderr, once for all processes of a group; returns the exit status."""
     rank = rank_from_environment()
     if rank:
+        # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
+        signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
         time.sleep(RANK_ERROR_DELAY_S)
     if verbose:
         traceback.print_exception(error)
-    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    sys.stderr.write(f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {message}\n")
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    message = f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {text}"
+    sys.stderr.write(message + "\n")
     sys.stderr.flush()
+    if path := error_file_from_environment():
+        # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     return USER_ERROR
 
 
@@ -196,6 +204,28 @@ def require_file(path: Path, option: str) -> None:
     """
     if not path.is_file():
         raise ConfigError(f"{option} {path} is not a file; name one that exists")
+
+
+def require_folder(folder: Path, option: str) -> None:
+    """As `require_file`, for a folder.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {folder} is not a folder; name one that exists")
+
+
+def require_run(folder: Path) -> None:
+    """Refuse what `load_run` would, before torch is imported for it.
+
+    Raises:
+        ConfigError: the folder is not there.
+        CheckpointError: it holds no checkpoint.
+    """
+    require_folder(folder, "--checkpoint")
+    if not (folder.name.startswith("step_") or any(folder.glob("step_*")) or any(folder.glob("checkpoints/step_*"))):
+        raise CheckpointError(f"--checkpoint {folder} holds no checkpoint (step_* folder); name a run's output_dir")
 
 
 def write(*parts: Any) -> None:

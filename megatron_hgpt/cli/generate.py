@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer or draw."""
+    frame.require_run(arguments.checkpoint)
     for file in arguments.image:
         frame.require_file(file, "--image")
     from megatron_hgpt import distributed

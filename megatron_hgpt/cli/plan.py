@@ -71,9 +71,9 @@ def build_request(arguments: argparse.Namespace) -> PlanRequest:
     Raises:
         ConfigError: an argument that is malformed or does not fit another one.
     """
+    config = frame.load(arguments)
     if not (arguments.preset or arguments.config):
         raise ConfigError("name a model: --preset healthgpt_m3, healthgpt_l14 … or --config FILE")
-    config = frame.load(arguments)
     from megatron_hgpt.planner.hardware import Cluster, gpu_named
     from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens, fixed_sizes
     from megatron_hgpt.samples import TASKS

@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the dataset and say what is in it."""
     config = frame.load(arguments)
+    for file in arguments.input:
+        frame.require_file(file, "--input")
     from megatron_hgpt.data.preprocess_run import preprocess_run
 
     options = {

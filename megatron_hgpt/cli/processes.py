@@ -41,9 +41,15 @@ def processes_per_node(parallel: ParallelConfig, nodes: Nodes) -> int:
 
 
 def torchrun_arguments(processes: int, nodes: Nodes, command: Sequence[str]) -> list[str]:
-    """torchrun's own arguments for this machine's share of the run, then ``hgpt``'s `command` for every process."""
+    """torchrun's own arguments for this machine's share of the run, then ``hgpt``'s `command` for every process.
+
+    Raises:
+        ConfigError: several nodes, and this one does not know which it is or where the first is.
+    """
     rendezvous = ["--standalone"]
     if nodes.num_nodes > 1:
+        if nodes.node_rank is None or nodes.master_addr is None:
+            raise ConfigError(f"NNODES={nodes.num_nodes}: set NODE_RANK and MASTER_ADDR on every node as well")
         rendezvous = ["--nnodes", str(nodes.num_nodes), "--node-rank", str(nodes.node_rank)]
         rendezvous += ["--master-addr", nodes.master_addr, "--master-port", str(nodes.master_port)]
     return [*rendezvous, "--nproc-per-node", str(processes), "-m", "megatron_hgpt", *command]
@@ -62,11 +68,12 @@ def run_processes(processes: int, nodes: Nodes, command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    arguments = torchrun.parse_args(torchrun_arguments(processes, nodes, command))
     share_cores(processes)
     withheld = _Withheld()
     logging.getLogger(_TORCHRUN_LOGGER).addFilter(withheld)
     try:
-        torchrun.run(torchrun.parse_args(torchrun_arguments(processes, nodes, command)))
+        torchrun.run(arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode == USER_ERROR:
