@@ -122,8 +122,8 @@ def describe_type(kind: Any) -> str:
     if origin is typing.Annotated:
         return ", ".join([describe_type(arguments[0]), *(str(limit) for limit in arguments[1:])])
     if _is_union(kind):
-        words = [describe_type(part) for part in arguments if part is not type(None)]
-        return " or ".join([*words, *(["null"] if type(None) in arguments else [])])
+        words = " or ".join(describe_type(part) for part in arguments if part is not type(None))
+        return words + ((", or null" if ", " in words else " or null") if type(None) in arguments else "")
     if origin is typing.Literal:
         return "one of " + ", ".join(describe_value(value) for value in arguments)
     if origin is list:
