@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,34 +25,6 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
         [str(part) for part in command], cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration of two steps on four samples, with its dataset."""
-    folder = tmp_path_factory.mktemp("run")
-    import yaml
-    from PIL import Image
-
-    from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
-
-    Image.radial_gradient("L").save(folder / "a.png")
-    turns = '[{"from": "human", "value": "<image>\\nCT?"}, {"from": "gpt", "value": "no"}]'
-    records = [f'{{"id": "{name}", "image": "a.png", "conversations": {turns}}}' for name in "abcd"]
-    (folder / "records.jsonl").write_text("\n".join(records))
-    make_tiny_tokenizer(folder / "tokenizer")
-    values = {
-        "preset": "tiny",
-        "output_dir": str(folder / "run"),
-        "model": {"tokenizer": str(folder / "tokenizer")},
-        "data": {"train": [str(folder / "data")]},
-        "training": {"stage": "stage1_comprehension", "num_steps": 2, "global_batch_size": 2, "precision": "fp32"},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    done = run(sys.executable, "-m", "megatron_hgpt", "preprocess", "--config", folder / "run.yaml",
-               "--input", folder / "records.jsonl", "--output", folder / "data")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder / "run.yaml"
 
 
 @pytest.mark.parametrize("script", ["pretrain_hgpt.sh", "slurm/pretrain_hgpt.sbatch"])
@@ -125,23 +98,40 @@ def test_a_mistake_is_one_line_of_rank_0_under_torchrun(mistake: str) -> None:
     assert lines[-2] == ours[1]
 
 
-def test_a_mistake_that_only_the_processes_find_is_one_line(config: Path, tmp_path: Path) -> None:
+def test_a_mistake_that_only_the_processes_find_is_one_line(tiny_run: Path, tmp_path: Path) -> None:
     """A checkpoint that is none is noticed when its weights are loaded, in both processes under our own torchrun."""
     (tmp_path / "step_1").mkdir()
-    done = run("bash", LAUNCHER, "--config", config, "parallel.tensor_model_parallel_size=2",
+    done = run("bash", LAUNCHER, "--config", tiny_run, "parallel.tensor_model_parallel_size=2",
                "checkpoint.init_from=[step_1]", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2, done.stderr
     ends = [line for line in done.stderr.splitlines() if " INFO " not in line and " WARNING " not in line]
     assert len(ends) == 1 and ends[0].startswith("CheckpointError: step_1"), done.stderr
 
 
-def test_a_crash_keeps_its_traceback(config: Path, tmp_path: Path) -> None:
+def test_a_real_run_says_no_warning_of_a_library(tiny_run: Path, tmp_path: Path) -> None:
+    """Training under two layouts, resuming, and generating: what torch and megatron.core announce is silenced."""
+    output = f"output_dir={tmp_path / 'run'}"
+    for arguments, environment in (
+        (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], {}),
+        (["parallel.use_distributed_optimizer=true", "training.num_steps=3"], {"NPROC_PER_NODE": "2"}),
+    ):
+        done = run("bash", LAUNCHER, "--config", tiny_run, output, *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        assert not re.search(r"\w*Warning: |^\[[WE]|^[WE]\d{4} ", done.stderr, re.M), done.stderr
+    asked = run(sys.executable, "-m", "megatron_hgpt", "generate", "--checkpoint", tmp_path / "run", "--question",
+                "CT?", "--image", tiny_run.parent / "a.png", "--max-new-tokens", "2")  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert "Warning" not in asked.stderr
+    assert "INFO" not in asked.stdout and "step_00000003" in asked.stderr  # the answer alone; the log is elsewhere
+
+
+def test_a_crash_keeps_its_traceback(tiny_run: Path, tmp_path: Path) -> None:
     """What is no user's mistake is not made small: exit status 1, the traceback and torchrun's report."""
     started = (
         "import sys\nif '-u' in sys.orig_argv: sys.modules['megatron_hgpt.trainer'] = None\n"  # torchrun's children
     )
     (tmp_path / "sitecustomize.py").write_text(started)
-    done = run("bash", LAUNCHER, "--config", config, "parallel.tensor_model_parallel_size=2",
+    done = run("bash", LAUNCHER, "--config", tiny_run, "parallel.tensor_model_parallel_size=2",
                PYTHONPATH=str(tmp_path), cwd=tmp_path)  # fmt: skip
     assert done.returncode == 1
     assert "ModuleNotFoundError" in done.stderr and "ChildFailedError" in done.stderr
