@@ -69,3 +69,11 @@ def share_cores(processes: int) -> None:
     """Give every process of this machine its share of the cores, unless the user set OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, -(-cores // processes))))
+
+
+def use_one_hardware_queue() -> None:
+    """What megatron.core asks for, unless the user decided: else kernels overtake the communication that they overlap.
+
+    It counts before CUDA is initialised, and does nothing without a GPU.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

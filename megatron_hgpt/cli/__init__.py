@@ -1,4 +1,7 @@
-"""The command line: one file per command, one frame around all of them; nothing else imports this package."""
+"""The command line: one file per command, one frame around all of them; nothing else imports this package.
+
+Must not import: testing.
+"""
 
 from megatron_hgpt.cli.frame import main
 

@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_hgpt import __version__
 from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
-from megatron_hgpt.environment import error_file_from_environment, rank_from_environment
+from megatron_hgpt.environment import (
+    error_file_from_environment,
+    rank_from_environment,
+    use_one_hardware_queue,
+)
 from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 """Exit status of a mistake that one line explains."""
-RANK_ERROR_DELAY_S = 10.0
+RANK_ERROR_DELAY_S = 30.0
 """Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
 says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
 
@@ -138,6 +142,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     arguments.argv = list(argv)
     command = command_named(name)
     silence_known()
+    use_one_hardware_queue()
     configure_logging(logging.DEBUG if arguments.verbose else getattr(command, "LOG_LEVEL", logging.INFO))
     return command.run(arguments) or 0
 
@@ -163,7 +168,8 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
     sys.stderr.flush()
     if path := error_file_from_environment():
         # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
     return USER_ERROR
 
 

@@ -58,7 +58,7 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
 
     folder = resolve_folder(Path(run))
     config = load_config(folder / "resolved_config.yaml", overrides)
-    config.parallel = _layout(overrides)
+    config.parallel = layout_of_overrides(overrides)
     context = distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config, context.device)
     load_weights([model], config, [str(folder)])
@@ -74,8 +74,12 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
     return LoadedRun(config=config, context=context, generator=generator, vqgan=vqgan)
 
 
-def _layout(overrides: Sequence[str]) -> ParallelConfig:
-    """The layout that the overrides name, whatever the run was trained with."""
+def layout_of_overrides(overrides: Sequence[str]) -> ParallelConfig:
+    """The layout that the overrides name, whatever the run was trained with.
+
+    Raises:
+        ConfigError: pipeline stages or context ranks, which generation does not have.
+    """
     asked = load_config(overrides=[item for item in overrides if item.startswith("parallel.")]).parallel
     for name in ("pipeline_model_parallel_size", "context_parallel_size"):
         if getattr(asked, name) != 1:
