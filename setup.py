@@ -53,7 +53,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_hgpt", "megatron_hgpt.*"]),
     entry_points={"console_scripts": ["hgpt = megatron_hgpt.cli:main"]},
-    package_data={"megatron_hgpt": ["presets/*.yaml"]},
+    package_data={"megatron_hgpt": ["presets/*.yaml", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[
