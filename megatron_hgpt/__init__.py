@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig as RunConfig
-    from megatron_hgpt.config_io import load_config as load_config
     from megatron_hgpt.data.preprocess_run import preprocess_run as preprocess
     from megatron_hgpt.errors import HealthGPTError as HealthGPTError
     from megatron_hgpt.inference.generator import Prompt as Prompt
     from megatron_hgpt.inference.generator import Sampling as Sampling
     from megatron_hgpt.inference.loading import LoadedRun as LoadedRun
     from megatron_hgpt.inference.loading import load_run as load_run
+    from megatron_hgpt.model_folders import load_resolved as load_config
     from megatron_hgpt.samples import Task as Task
     from megatron_hgpt.train import main as train
 
@@ -30,7 +30,7 @@ _SOURCES = {
     "RunConfig": "config:RunConfig",
     "Sampling": "inference.generator:Sampling",
     "Task": "samples:Task",
-    "load_config": "config_io:load_config",
+    "load_config": "model_folders:load_resolved",
     "load_run": "inference.loading:load_run",
     "preprocess": "data.preprocess_run:preprocess_run",
 }

@@ -1,25 +1,112 @@
 """One run described by nested dataclasses; see `megatron_hgpt.config_io` for YAML, presets and dotted overrides.
 
-Numbers carry their unit in the name or in the docstring. Nothing here starts a process group or touches a device.
+Numbers carry their unit in the name or in the docstring; choices and ranges are part of a field's type (`Literal`,
+`Annotated` with one of the bounds below) and are checked by `config_io` when a value is read. Nothing here starts a
+process group or touches a device.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from megatron_hgpt.errors import ConfigError
+
+TemplateName = Literal["phi3_instruct", "phi4_instruct", "qwen_2", "smollm2", "plain"]
+StageName = Literal[
+    "stage1_comprehension",
+    "stage1_generation",
+    "stage1_joint",
+    "stage2",
+    "stage3_comprehension",
+    "stage3_generation",
+    "stage3_joint",
+]
+Precision = Literal["bf16", "fp32", "fp8"]
+Recompute = Literal["selective", "full"]
+Implementation = Literal["auto", "local", "transformer_engine"]
+Place = Literal["none", "cpu"]
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A finite number, `minimum` or more."""
+
+    minimum: float
+
+    def __str__(self) -> str:
+        return f"at least {self.minimum:g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return math.isfinite(value) and value >= self.minimum
+
+
+@dataclass(frozen=True)
+class Above:
+    """A finite number greater than `minimum`."""
+
+    minimum: float
+
+    def __str__(self) -> str:
+        return f"above {self.minimum:g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return math.isfinite(value) and value > self.minimum
+
+
+@dataclass(frozen=True)
+class Within:
+    """From `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Below:
+    """From `low`, included, to `high`, excluded."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g} and below {self.high:g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return self.low <= value < self.high
+
+
+Bound = AtLeast | Above | Within | Below
+
+
+def _resolved(name: str, value: int | None) -> int:
+    if value is None:
+        raise ConfigError(f"{name} is not known: set it, or name the folder that says it")
+    return value
 
 
 @dataclass(kw_only=True, slots=True)
 class HLoRAPluginConfig:
     """One H-LoRA plugin (spec section 5)."""
 
-    lora_rank: int = 64
+    lora_rank: Annotated[int, AtLeast(1)] = 64
     """Total rank r over all experts; must be a multiple of `num_experts`."""
-    alpha: float = 128.0
+    alpha: Annotated[float, Above(0)] = 128.0
     """Scale is alpha / lora_rank * num_experts."""
-    num_experts: int = 4
+    num_experts: Annotated[int, AtLeast(1)] = 4
     """k: every expert is active for every token, weighted by the router."""
-    dropout: float = 0.05
+    dropout: Annotated[float, Below(0, 1)] = 0.05
     """Probability, on the rank axis, after A. A stage may set its own (stage-1 comprehension: 0)."""
 
 
@@ -38,7 +125,7 @@ class VisionConfig:
     tower: str | None = None
     """Folder of a Hugging Face `CLIPVisionModel` (config.json + safetensors); None initialises at random, loudly."""
     hf_config: dict[str, Any] = field(default_factory=dict)
-    """Content of the tower's config.json: hidden_size, num_hidden_layers, image_size, patch_size …"""
+    """Sizes of the tower, with config.json's names; read from `tower`, with which what stands here must agree."""
     comprehension_hidden_state: int = -2
     """Index into HF `hidden_states` for the abstract-grained features."""
     generation_hidden_state: int = 1
@@ -56,20 +143,43 @@ class VQConfig:
 
     path: str | None = None
     """Folder with `model.yaml` and `last.ckpt` in taming-transformers' layout; needed to encode and to decode."""
-    num_codes: int = 8192
-    """Codebook entries, and so the number of `<idx_*>` tokens."""
-    num_indices: int = 1024
-    """Indices of one image in raster order (resolution 256, f=8: 32 x 32)."""
+    num_codes: Annotated[int, AtLeast(0)] | None = None
+    """Codebook entries, and so the number of `<idx_*>` tokens; None takes those of `path`, without one 8192."""
+    num_indices: Annotated[int, AtLeast(0)] | None = None
+    """Indices of one image in raster order; None takes those of `path`, without one 1024 (32 x 32)."""
+
+    @property
+    def codes(self) -> int:
+        """`num_codes` of a resolved configuration.
+
+        Raises:
+            ConfigError: it was not resolved (`model_folders.resolve_model`).
+        """
+        return _resolved("model.vq.num_codes", self.num_codes)
+
+    @property
+    def indices(self) -> int:
+        """`num_indices` of a resolved configuration; raises as `codes`."""
+        return _resolved("model.vq.num_indices", self.num_indices)
 
 
 @dataclass(kw_only=True, slots=True)
 class VocabularyConfig:
     """Text ids, then `<start_index>`, `<idx_0>` …, `<end_index>`, `<pixel_newline>`, then padding."""
 
-    text_size: int = 32011
-    """Ids of the text tokenizer that are kept; the first VQ token gets this id."""
-    pad_to_multiple: int = 1024
+    text_size: Annotated[int, AtLeast(1)] | None = None
+    """Text ids, and the id of the first VQ token; None takes the tokenizer's highest id + 1."""
+    pad_to_multiple: Annotated[int, AtLeast(1)] = 1024
     """Embedding and head rows are padded to this multiple: one size for every tensor-parallel size."""
+
+    @property
+    def text_ids(self) -> int:
+        """`text_size` of a resolved configuration.
+
+        Raises:
+            ConfigError: it was not resolved (`model_folders.resolve_model`).
+        """
+        return _resolved("model.vocabulary.text_size", self.text_size)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,20 +189,20 @@ class ModelConfig:
     backbone: str | None = None
     """Folder of a Hugging Face causal LM (config.json + safetensors); None initialises at random, loudly."""
     hf_config: dict[str, Any] = field(default_factory=dict)
-    """Content of the backbone's config.json; with `backbone` set it must agree with the folder's."""
+    """Content of the backbone's config.json; read from `backbone`, with which what stands here must agree."""
     tokenizer: str | None = None
     """Folder of the tokenizer; None means the backbone's folder."""
-    template: str = "phi3_instruct"
-    """Chat template: phi3_instruct, phi4_instruct, qwen_2, smollm2 or plain."""
+    template: TemplateName | None = None
+    """How a conversation becomes text. None: plain in stage1_comprehension, elsewhere the tokenizer's chat template."""
     system_prompt: str | None = None
     """System message of the template; None means the template's own."""
-    max_seq_length: int = 2048
+    max_seq_length: Annotated[int, AtLeast(1)] = 2048
     """Tokens of one sample after the image features are spliced in; longer samples are truncated and counted."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     vq: VQConfig = field(default_factory=VQConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     hlora: HLoRAConfig = field(default_factory=HLoRAConfig)
-    transformer_impl: str = "auto"
+    transformer_impl: Implementation = "auto"
     """Layers of the language model: local, transformer_engine (needs a GPU), or auto: the latter where it runs."""
     transformer_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core's TransformerConfig set verbatim (an unknown name is refused)."""
@@ -102,19 +212,19 @@ class ModelConfig:
 class ParallelConfig:
     """Process layout; data parallel size is world size / (tensor * pipeline * context)."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Annotated[int, AtLeast(1)] = 1
     """T: ranks that share one layer."""
     sequence_parallel: bool = False
     """Shard activations over T outside the linears; needs T > 1."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Annotated[int, AtLeast(1)] = 1
     """Pipeline stages. Tower, adapters and embedding are on the first, the head on the last."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: Annotated[int, AtLeast(2)] | None = None
     """Model chunks per pipeline stage (interleaved 1F1B); None is one, plain 1F1B."""
-    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_first_pipeline_stage: Annotated[int, AtLeast(1)] | None = None
     """Layers on the first stage, which also runs the tower; None splits evenly."""
-    num_layers_in_last_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: Annotated[int, AtLeast(1)] | None = None
     """Layers on the last stage, which also runs the head; None splits evenly."""
-    context_parallel_size: int = 1
+    context_parallel_size: Annotated[int, AtLeast(1)] = 1
     """Ranks that share one sequence."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
@@ -124,13 +234,13 @@ class ParallelConfig:
 class EngineConfig:
     """What runs forward, backward and the optimizer step (docs/engines.md)."""
 
-    name: str = "megatron"
+    name: Literal["megatron", "deepspeed"] = "megatron"
     """megatron, or deepspeed: ZeRO over data-parallel ranks, without tensor, pipeline and context parallelism."""
-    zero_stage: int = 2
+    zero_stage: Literal[1, 2, 3] = 2
     """deepspeed only. 1 shards AdamW's state over the ranks, 2 the reduced gradients as well, 3 also the weights."""
-    offload_optimizer: str = "none"
+    offload_optimizer: Place = "none"
     """deepspeed only: none, or cpu to keep AdamW's state, and to update, in host memory."""
-    offload_parameters: str = "none"
+    offload_parameters: Place = "none"
     """deepspeed with zero_stage 3 only: none, or cpu to keep the shards of the weights in host memory."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """deepspeed only: fields of DeepSpeed's JSON set verbatim; what other sections decide is refused."""
@@ -144,16 +254,19 @@ class DataConfig:
     """Dataset folders (each with manifest.json); samples of all of them form one epoch."""
     validation: list[str] = field(default_factory=list)
     """Held-out dataset folders; empty means no validation loss."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[str, Annotated[float, AtLeast(0)]] = field(default_factory=dict)
     """Task -> weight of its micro-batches; empty means in proportion to the samples of each task."""
-    packing: str = "none"
+    packing: Literal["none", "by_task", "mixed"] = "none"
     """none pads samples to the longest of their micro-batch; by_task packs samples of one task into rows; mixed packs
     samples of both tasks together. A packed row is one micro-batch, and batch sizes count rows."""
-    pack_length: int | None = None
+    pack_length: Annotated[int, AtLeast(1)] | None = None
     """Tokens of a packed row at most; None takes model.max_seq_length."""
     shuffle: bool = True
-    num_workers: int = 2
+    num_workers: Annotated[int, AtLeast(0)] = 2
     """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
+    max_image_side: Annotated[int, AtLeast(0)] = 0
+    """Pixels: larger pictures are shrunk to it before the tower's own preprocessing, in the datasets and in inference
+    alike; 0 keeps every picture as it is. A dataset records it, and one that was written with another is refused."""
     feature_cache: str | None = None
     """Sub-folder of every dataset folder with the tower's features (tools/cache_features.py); None runs the tower."""
 
@@ -162,21 +275,21 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule (spec section 6); None takes the stage table's value."""
 
-    lr: float | None = None
+    lr: Annotated[float, AtLeast(0)] | None = None
     """Peak learning rate of H-LoRA, embeddings, head, or (stage-1 comprehension) the adapter."""
-    adapter_lr: float | None = None
+    adapter_lr: Annotated[float, AtLeast(0)] | None = None
     """Peak learning rate of the vision adapters where they train beside other groups."""
-    schedule: str | None = None
-    """cosine, linear or constant after warm-up."""
-    warmup_ratio: float | None = None
-    """Share of the steps spent in linear warm-up, 0 … 1."""
-    min_lr_ratio: float = 0.0
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    """What the learning rate does after warm-up."""
+    warmup_ratio: Annotated[float, Within(0, 1)] | None = None
+    """Share of the steps spent in linear warm-up."""
+    min_lr_ratio: Annotated[float, Within(0, 1)] = 0.0
     """Learning rate at the end of the decay, as a share of the peak."""
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    adam_beta1: Annotated[float, Below(0, 1)] = 0.9
+    adam_beta2: Annotated[float, Below(0, 1)] = 0.999
+    adam_eps: Annotated[float, AtLeast(0)] = 1e-8
+    clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """Global gradient norm; 0 turns clipping off."""
     cpu_offload: bool = False
     """Keep AdamW's moments in host memory and update there: 8 bytes less per trained parameter, slower steps."""
@@ -188,27 +301,31 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long and how wide to train."""
 
-    stage: str = "stage3_joint"
+    stage: StageName = "stage3_joint"
     """A row of `megatron_hgpt.stages.STAGES`."""
-    num_steps: int | None = None
-    """Optimizer steps; exactly one of num_steps and num_epochs is set."""
-    num_epochs: float | None = None
-    """Passes over the training samples."""
-    micro_batch_size: int = 1
+    num_steps: Annotated[int, AtLeast(1)] | None = None
+    """Optimizer steps; None lets num_epochs decide. At most one of the two is set."""
+    num_epochs: Annotated[float, Above(0)] | None = None
+    """Passes over the training samples; with neither set there is one."""
+    micro_batch_size: Annotated[int, AtLeast(1)] = 1
     """Samples per forward pass and data-parallel rank."""
-    global_batch_size: int | None = None
+    global_batch_size: Annotated[int, AtLeast(1)] | None = None
     """Samples per optimizer step over all ranks; None takes the stage table's value."""
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     """bf16 or fp32 for parameters and activations, or fp8: as bf16, with the frozen GEMMs in FP8 (Transformer Engine).
     The router softmax and the loss are fp32 always."""
-    seed: int = 1234
+    seed: Annotated[int, AtLeast(0)] = 1234
     """Seeds initialisation (by parameter name), data order and dropout."""
     train_adapters_in_stage2: bool = False
     """The paper's text and table disagree; default frozen."""
-    new_rows: str = "rows"
+    new_rows: Literal["rows", "full", "none"] = "rows"
     """Stage-1 generation: train the new vocabulary rows only (rows), all rows (full) or none."""
-    recompute: str | None = None
-    """None, selective or full activation recomputation."""
+    recompute: Recompute | None = None
+    """Activations that are computed again in backward instead of kept; None keeps all."""
+    validation_interval_steps: Annotated[int, AtLeast(0)] = 0
+    """Optimizer steps between validations on data.validation; 0 validates after the last step only."""
+    validation_samples: Annotated[int, AtLeast(1)] | None = None
+    """Samples per task at most in one validation; None takes all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,9 +334,9 @@ class CheckpointConfig:
 
     directory: str | None = None
     """Folder of step_* checkpoints; None means <output_dir>/checkpoints."""
-    save_interval_steps: int = 500
+    save_interval_steps: Annotated[int, AtLeast(1)] = 500
     """Optimizer steps between checkpoints; the last step is always saved."""
-    keep_last: int = 2
+    keep_last: Annotated[int, AtLeast(0)] = 2
     """Newest checkpoints kept; 0 keeps all."""
     async_save: bool = False
     """Go on training while a forked process per rank writes; the folder gets its name a few steps later."""
@@ -233,14 +350,18 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is shown and written while training."""
 
-    interval_steps: int = 1
+    interval_steps: Annotated[int, AtLeast(1)] = 1
     """Optimizer steps between console and TensorBoard records."""
     tensorboard: bool = True
-    sample_images_interval_steps: int = 0
+    sample_images_interval_steps: Annotated[int, AtLeast(0)] = 0
     """Optimizer steps between sample images in TensorBoard; 0 draws none."""
-    num_sample_images: int = 4
+    num_sample_images: Annotated[int, AtLeast(1)] = 4
     """Images drawn each time."""
     progress_bar: bool = True
+    wandb_project: str | None = None
+    """Project of Weights & Biases that the run is logged to; None logs nothing there."""
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow that the run is logged to; None logs nothing there."""
 
 
 @dataclass(kw_only=True, slots=True)

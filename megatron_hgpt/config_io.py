@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from megatron_hgpt.config import RunConfig
-from megatron_hgpt.errors import ConfigError, did_you_mean
+from megatron_hgpt.config import Bound, RunConfig
+from megatron_hgpt.errors import ConfigError, did_you_mean, raise_problems
 from megatron_hgpt.files import write_atomic
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -31,6 +31,15 @@ _PRESETS = Path(__file__).parent / "presets"
 def preset_names() -> list[str]:
     """Names that ``preset:`` accepts."""
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A value that cannot be read."""
+
+    field: str
+    """Dotted name."""
+    message: str
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> RunConfig:
@@ -42,23 +51,45 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
         preset: lies beneath the file.
 
     Raises:
-        ConfigError: an unknown key (the nearest name is suggested), a value of a wrong type, a missing file.
+        ConfigError: all unknown keys (the nearest name is suggested) and all values of a wrong type, range or choice;
+            or a file that cannot be read.
     """
-    values = _read_preset(preset) if preset else {}
+    config, problems = read_config(path, overrides, preset)
+    raise_problems([problem.message for problem in problems])
+    return config
+
+
+def read_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
+) -> tuple[RunConfig, list[Problem]]:
+    """As `load_config`, with what cannot be read left at its default and returned as problems.
+
+    Raises:
+        ConfigError: a file, preset or override as a whole cannot be read.
+    """
+    problems: list[Problem] = []
+    values = _read_preset(preset, problems) if preset else {}
     if path is not None:
-        values = _merge(values, _read_file(Path(path), ()))
+        values = _merge(values, _read_file(Path(path), (), problems))
     for override in overrides:
-        values = _merge(values, _parse_override(override))
-    return _build(RunConfig, values, "", "the configuration")
+        values = _merge(values, _parse_override(override, problems))
+    return _construct(RunConfig, values), problems
 
 
-def _read_preset(name: str) -> dict[str, Any]:
+def check_types(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
+    """A run that was built in Python, read as `read_config` reads a file: wrong values at their defaults, and named."""
+    problems: list[Problem] = []
+    values = _checked(RunConfig, to_dict(config), "", "", problems)
+    return _construct(RunConfig, values), problems
+
+
+def _read_preset(name: str, problems: list[Problem]) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(preset_names())}")
-    return _read_file(_PRESETS / f"{name}.yaml", ())
+    return _read_file(_PRESETS / f"{name}.yaml", (), problems)
 
 
-def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_file(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to itself")
     try:
@@ -77,11 +108,11 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
             raise ConfigError(f"{path}: {key}={values[key]!r} must be a name")
     beneath: dict[str, Any] = {}
     if preset := values.pop("preset", None):
-        beneath = _read_preset(preset)
+        beneath = _read_preset(preset, problems)
     if base := values.pop("base", None):
-        beneath = _merge(beneath, _read_file(path.parent / base, (*seen, path.resolve())))
-    _build(RunConfig, values, "", str(path))  # every field has a default: each file is checked, and named, by itself
-    return _merge(beneath, values)
+        beneath = _merge(beneath, _read_file(path.parent / base, (*seen, path.resolve()), problems))
+    # Every field has a default: each file is checked, and named, by itself.
+    return _merge(beneath, _checked(RunConfig, values, "", str(path), problems))
 
 
 def _parse_yaml(text: str, origin: str) -> Any:
@@ -126,31 +157,28 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any], cls: type | None = R
 def _section(cls: type | None, key: str) -> type | None:
     """The dataclass that field `key` of `cls` holds, if it holds one."""
     kind = dict(_fields(cls)).get(key) if cls is not None else None
-    sections = [option for option in typing.get_args(kind) or (kind,) if dataclasses.is_dataclass(option)]
-    return typing.cast(type, sections[0]) if sections else None
+    return next((option for option in _options(kind) if _is_section(option)), None)
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str, problems: list[Problem]) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     value = _parse_yaml(text, f"the value of override {override!r}")
     for part in reversed(key.strip().split(".")):
         value = {part: value}
-    _build(RunConfig, value, "", "the command line")
-    return value
+    return _checked(RunConfig, value, "", "the command line", problems)
 
 
 def _all_names(cls: type, prefix: str = "") -> Iterator[str]:
     for field, kind in _fields(cls):
         yield f"{prefix}{field}"
-        for option in typing.get_args(kind) or (kind,):
-            if dataclasses.is_dataclass(option):
-                yield from _all_names(typing.cast(type, option), f"{prefix}{field}.")
+        for option in filter(_is_section, _options(kind)):
+            yield from _all_names(option, f"{prefix}{field}.")
 
 
 def _fields(cls: type) -> list[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return [(field.name, hints[field.name]) for field in dataclasses.fields(cls)]
 
 
@@ -165,41 +193,111 @@ def _suggest(name: str, prefix: str, siblings: Sequence[str]) -> str:
     return f"; {prefix.rstrip('.') or 'a run'} has {', '.join(siblings)}"
 
 
-def _build(cls: type, values: Any, prefix: str, origin: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{origin}: {prefix.rstrip('.')} must be a section (a mapping), got {values!r}")
+def _checked(cls: type, values: Mapping[str, Any], prefix: str, origin: str, problems: list[Problem]) -> dict[str, Any]:
+    """The values that can be read, with their declared types; the others are added to `problems`."""
     kinds = dict(_fields(cls))
-    for key in values:
+    where = f"{origin}: " if origin else ""
+    good: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
         if key not in kinds:
-            raise ConfigError(f"{origin}: unknown key {prefix}{key}{_suggest(str(key), prefix, list(kinds))}")
-    return cls(**{key: _convert(kinds[key], value, f"{prefix}{key}", origin) for key, value in values.items()})
+            hint = _suggest(str(key), prefix, list(kinds))
+            problems.append(Problem(name, f"{where}unknown key {name}{hint}"))
+            continue
+        section = _section(cls, key)
+        if section is not None and isinstance(value, Mapping):
+            good[key] = _checked(section, value, f"{name}.", origin, problems)
+            continue
+        try:
+            good[key] = _convert(kinds[key], value, name)
+        except ConfigError as error:
+            problems.append(Problem(name, f"{where}{error}"))
+    return good
 
 
-def _convert(kind: Any, value: Any, name: str, origin: str) -> Any:
-    """`value` as the declared type; int passes for float, nothing else is bent."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+def _construct(cls: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass of checked values."""
+    arguments = {}
+    for key, value in values.items():
+        section = _section(cls, key)
+        arguments[key] = _construct(section, value) if section is not None and value is not None else value
+    return cls(**arguments)
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the declared type; int passes for float, nothing else is bent.
+
+    Raises:
+        ConfigError: it has another type, lies outside the range or is none of the choices.
+    """
+    options = _options(kind)
     if value is None and type(None) in options:
         return None
     for option in options:
-        if option is type(None):
-            continue
-        if dataclasses.is_dataclass(option):
-            return _build(typing.cast(type, option), value, f"{name}.", origin)
-        container = typing.get_origin(option)
+        plain, bounds = _without_bounds(option)
+        container = typing.get_origin(plain)
         if container is list and isinstance(value, list):
-            (item,) = typing.get_args(option)
-            return [_convert(item, v, f"{name}[{i}]", origin) for i, v in enumerate(value)]
+            (item,) = typing.get_args(plain)
+            return [_convert(item, v, f"{name}[{i}]") for i, v in enumerate(value)]
         if container is dict and isinstance(value, Mapping):
-            _, item = typing.get_args(option)
-            return {str(k): v if item is Any else _convert(item, v, f"{name}.{k}", origin) for k, v in value.items()}
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option is float and isinstance(value, str) and _is_number(value):
-            return float(value)  # YAML reads 1e-3 (no dot) as text
-        if option in (int, str, bool) and type(value) is option:
+            _, item = typing.get_args(plain)
+            return {str(k): v if item is Any else _convert(item, v, f"{name}.{k}") for k, v in value.items()}
+        if container is typing.Literal and any(value == c and type(value) is type(c) for c in typing.get_args(plain)):
             return value
-    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise ConfigError(f"{origin}: {name}={value!r} must be {expected}{' or null' if type(None) in options else ''}")
+        number = _scalar(plain, value)
+        if number is not None and all(bound.holds(number) for bound in bounds):
+            return number
+    if any(map(_is_section, options)):
+        raise ConfigError(f"{name} must be a section (a mapping), got {value!r}")
+    hints = [_choice_hint(option, value) for option in options if option is not type(None)]
+    raise ConfigError(f"{name}={value!r} must be {describe_type(kind)}{''.join(hints)}")
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    """`value` as int, str, bool or float; None where it is something else."""
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str) and _is_number(value):
+        return float(value)  # YAML reads 1e-3 (no dot) as text
+    return value if kind in (int, str, bool) and type(value) is kind else None
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _without_bounds(kind: Any) -> tuple[Any, tuple[Bound, ...]]:
+    if typing.get_origin(kind) is typing.Annotated:
+        plain, *bounds = typing.get_args(kind)
+        return plain, tuple(bounds)
+    return kind, ()
+
+
+def _choice_hint(kind: Any, value: Any) -> str:
+    if typing.get_origin(kind) is not typing.Literal:
+        return ""
+    return did_you_mean(str(value), map(str, typing.get_args(kind)))
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words: ``"int (at least 1) or null"``, ``"one of bf16, fp32, fp8"``."""
+    words = []
+    for option in _options(kind):
+        plain, bounds = _without_bounds(option)
+        if plain is type(None):
+            words.append("null")
+        elif typing.get_origin(plain) is typing.Literal:
+            words.append("one of " + ", ".join(map(str, typing.get_args(plain))))
+        else:
+            ranges = f" ({', '.join(map(str, bounds))})" if bounds else ""
+            words.append(f"{getattr(plain, '__name__', str(plain))}{ranges}")
+    return " or ".join(words)
 
 
 def _is_number(text: str) -> bool:

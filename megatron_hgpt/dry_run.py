@@ -9,12 +9,16 @@ from megatron_hgpt.batching import data_parallel_size, global_batch_size, num_mi
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.model.parameter_counts import count_parameters
+from megatron_hgpt.model_folders import absent_folders
 from megatron_hgpt.stages import Stage, resolve_stage
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 
 def describe(config: RunConfig, world_size: int) -> str:
-    """What ``--dry-run`` prints: resolved configuration, parameters per group, batch arithmetic. Starts nothing."""
+    """What ``--dry-run`` prints of a validated run: resolved configuration, parameters per group, batch arithmetic.
+
+    Starts nothing.
+    """
     stage = resolve_stage(config.training)
     dp_size, total = data_parallel_size(config, world_size), global_batch_size(config)
     micro = config.training.micro_batch_size
@@ -53,6 +57,8 @@ def describe(config: RunConfig, world_size: int) -> str:
             for group in stage.trainable
         ),
     ]
+    if absent := absent_folders(config.model):
+        lines += ["", "# not on this machine, taken as the configuration describes them", "", *absent]
     return "\n".join(lines)
 
 
@@ -64,18 +70,19 @@ def _pipeline(config: RunConfig) -> str:
 def _length(config: RunConfig, stage: Stage, total: int) -> str:
     """Steps, or epochs with their steps where the manifests say how many samples there are."""
     training = config.training
-    if training.num_epochs is None:
+    if training.num_steps is not None:
         return f"{training.num_steps} steps"
+    epochs = 1.0 if training.num_epochs is None else training.num_epochs
     manifests = [Path(folder) / "manifest.json" for folder in config.data.train]
     if config.data.mixture or not manifests or not all(path.is_file() for path in manifests):
-        return f"{training.num_epochs:g} epochs"
+        return f"{epochs:g} epochs"
     try:
         per_task = [json.loads(path.read_text(encoding="utf-8"))["counts"]["per_task"] for path in manifests]
         samples = [sum(int(counts.get(task.value, 0)) for counts in per_task) for task in stage.tasks]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{training.num_epochs:g} epochs (unreadable manifest in data.train: {error!r})"
+        return f"{epochs:g} epochs (unreadable manifest in data.train: {error!r})"
     if config.data.packing != "none":
-        return f"{training.num_epochs:g} epochs of {sum(samples):,} samples in packed rows"
+        return f"{epochs:g} epochs of {sum(samples):,} samples in packed rows"
     epoch = steps_per_epoch(samples, micro_batch_size=training.micro_batch_size, global_batch_size=total)
-    steps = max(1, round(training.num_epochs * epoch))
-    return f"{training.num_epochs:g} epochs of {sum(samples):,} samples: {steps:,} steps"
+    steps = max(1, round(epochs * epoch))
+    return f"{epochs:g} epochs of {sum(samples):,} samples: {steps:,} steps"

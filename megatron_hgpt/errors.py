@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class HealthGPTError(Exception):
@@ -40,3 +40,13 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """``"; did you mean <prefix><nearest>?"`` for the end of a message; empty where nothing known is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one ConfigError for all problems, each on a line of its own; do nothing where there are none."""
+    different = list(dict.fromkeys(problems))
+    if len(different) == 1:
+        raise ConfigError(different[0])
+    if different:
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(different, start=1)]
+        raise ConfigError("\n".join([f"{len(different)} problems", *lines]))

@@ -1,145 +1,173 @@
-"""Checks of a whole configuration before any process group exists.
+"""Checks of a whole configuration before any process group exists: rules across fields, and the folders it names.
 
-Every message names the field, its value, and what to do.
+Choices and ranges of one field are part of its type and checked by `config_io`. Every message names the field, its
+value, and what to do; all of them come at once.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.backbone.implementation import IMPLEMENTATIONS, PRECISIONS, fp8_problems, resolve_transformer_impl
-from megatron_hgpt.backbone.shape import BackboneShape, check_tensor_parallel, read_backbone
+from megatron_hgpt.backbone.implementation import fp8_problems, resolve_transformer_impl
+from megatron_hgpt.backbone.shape import (
+    BackboneShape,
+    check_tensor_parallel,
+    legal_tensor_parallel_sizes,
+    read_backbone,
+)
 from megatron_hgpt.backbone.transformer import check_override_names, transformer_config
 from megatron_hgpt.batching import data_parallel_size, global_batch_size
 from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
+from megatron_hgpt.config_io import Problem, check_types
+from megatron_hgpt.data.dataset import manifest_problems
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, DataError, raise_problems
+from megatron_hgpt.files import read_json
+from megatron_hgpt.model_folders import absent_folders, resolve_model, with_read_problems
 from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.stages import Stage, resolve_stage
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.vocabulary import Vocabulary
 
-_AT_LEAST = {
-    "checkpoint.keep_last": 0,
-    "checkpoint.save_interval_steps": 1,
-    "data.num_workers": 0,
-    "logging.interval_steps": 1,
-    "logging.num_sample_images": 1,
-    "logging.sample_images_interval_steps": 0,
-    "model.max_seq_length": 1,
-    "model.vocabulary.pad_to_multiple": 1,
-    "model.vocabulary.text_size": 1,
-    "model.vq.num_codes": 0,
-    "model.vq.num_indices": 0,
-    "optimizer.adam_eps": 0,
-    "optimizer.adapter_lr": 0,
-    "optimizer.clip_grad": 0,
-    "optimizer.lr": 0,
-    "optimizer.weight_decay": 0,
-    "parallel.context_parallel_size": 1,
-    "parallel.pipeline_model_parallel_size": 1,
-    "parallel.tensor_model_parallel_size": 1,
-    "training.seed": 0,
-}
-_SHARES = ("optimizer.min_lr_ratio", "optimizer.warmup_ratio")
-_DECAYS = ("optimizer.adam_beta1", "optimizer.adam_beta2")
+_T = TypeVar("_T")
 
 
-def validate(config: RunConfig, world_size: int, *, check_paths: bool = True) -> None:
-    """Raise ConfigError at the first problem.
+def validate(config: RunConfig, world_size: int, *, check_paths: bool = True, read: Sequence[Problem] = ()) -> None:
+    """Fill the configuration from the model's folders (`model_folders.resolve_model`) and check all of it.
 
     Args:
         config: the run.
         world_size: processes that will run it.
-        check_paths: whether folders and optional packages must be here (a shipped configuration names a user's).
+        check_paths: whether folders and optional packages must be here (a shipped configuration names a user's). What
+            is here of the model's folders is read in any case.
+        read: what could not be read of it (`config_io.read_config`), to be said in the same message.
+
+    Raises:
+        ConfigError: one for all problems.
     """
-    for problem in _problems(config, world_size):
-        raise ConfigError(problem)
+    raise_problems(find_problems(config, world_size, check_paths=check_paths, read=read))
+
+
+def find_problems(
+    config: RunConfig, world_size: int, *, check_paths: bool = True, read: Sequence[Problem] = ()
+) -> list[str]:
+    """As `validate`, returning the problems."""
+    checked, wrong = check_types(config)
+    if wrong:
+        config = checked  # the rules across fields then see defaults in place of what is no value at all
+    problems = [*resolve_model(config), *_problems(config, world_size)]
+    problems += _dataset_problems(config)
     if check_paths:
-        resolve_transformer_impl(config.model, config.training)
-        for problem in (*missing_requirements(config), *_missing_paths(config)):
-            raise ConfigError(problem)
+        _attempt(problems, resolve_transformer_impl, config.model, config.training)
+        requirements: list[str] = _attempt(problems, list, missing_requirements(config)) or []
+        problems += [*requirements, *_missing_paths(config)]
+    return list(dict.fromkeys(with_read_problems(problems, [*read, *wrong])))
 
 
-def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> Iterator[str]:
-    if value not in allowed:
-        yield f"{field}={value!r} is unknown; use one of {', '.join(str(item) for item in allowed)}"
+def _attempt(problems: list[str], function: Callable[..., _T], *arguments: Any) -> _T | None:
+    """What a function returns; None, and its message among the problems, where it raises ConfigError."""
+    try:
+        return function(*arguments)
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
 
 
-def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    training, parallel, model = config.training, config.parallel, config.model
-    yield from _range_problems(config)
-    yield from _one_of("training.precision", training.precision, PRECISIONS)
-    yield from _one_of("model.transformer_impl", model.transformer_impl, IMPLEMENTATIONS)
-    yield from _one_of("training.recompute", training.recompute, (None, "selective", "full"))
-    yield from _one_of("optimizer.schedule", config.optimizer.schedule, (None, "cosine", "linear", "constant"))
-    from megatron_hgpt.text.templates import TEMPLATES
+def _problems(config: RunConfig, world_size: int) -> list[str]:
+    """Rules across fields, each as far as earlier problems leave something to check."""
+    stage = resolve_stage(config.training)
+    found = [*engine_problems(config), *_run_problems(config, stage), *_unnamed_folders(config)]
+    shape = _attempt(found, read_backbone, config.model.hf_config) if config.model.hf_config else None
+    if shape is not None:
+        found += _shape_problems(config, shape)
+        _attempt(found, _check_megatron_overrides, config, shape)
+    dp_size = _attempt(found, data_parallel_size, config, world_size)
+    if dp_size is not None:
+        found += [*_batch_problems(config, dp_size), *_interleaving_problems(config, dp_size)]
+    if config.model.vocabulary.text_size is not None and config.model.vq.num_codes is not None:
+        found += _vocabulary_problems(config)
+    if config.model.vision.hf_config:
+        found += _vision_problems(config, stage)
+    return [*found, *_plugin_problems(config, stage), *_data_problems(config, stage), *_packing_problems(config)]
 
-    yield from _one_of("model.template", model.template, tuple(TEMPLATES))
-    stage = resolve_stage(training)
-    shape = read_backbone(model.hf_config)
-    yield from engine_problems(config)
+
+def _unnamed_folders(config: RunConfig) -> Iterator[str]:
+    """Sizes that nothing says; a folder that is named and says nothing is a problem of its own already."""
+    model = config.model
+    if model.backbone is None and not model.hf_config:
+        yield "model.backbone is not set: name the folder of a Hugging Face causal LM, or a preset for its sizes"
+    if model.vision.tower is None and not model.vision.hf_config:
+        yield "model.vision.tower is not set: name the folder of a CLIP vision model, or a preset for its sizes"
+    if model.tokenizer is None and model.backbone is None and model.vocabulary.text_size is None:
+        yield _NO_TOKENIZER
+
+
+_NO_TOKENIZER = "set model.tokenizer (or model.backbone, whose tokenizer is then used)"
+
+
+def _run_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
+    training, parallel, vq = config.training, config.parallel, config.model.vq
+    if training.num_steps is not None and training.num_epochs is not None:
+        yield f"set one of training.num_steps={training.num_steps} and training.num_epochs={training.num_epochs:g} only"
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
+    if "new_rows" in stage.trainable and config.optimizer.weight_decay:
+        yield "optimizer.weight_decay must be 0 while training.new_rows=rows: it would shrink the frozen rows"
+    if Task.GENERATION in stage.tasks and 0 in (vq.num_codes, vq.num_indices):
+        yield (
+            f"training.stage={training.stage} draws images, but model.vq.num_codes={vq.num_codes} and num_indices="
+            f"{vq.num_indices}; set model.vq.path, or set them to the VQGAN's"
+        )
+
+
+def _shape_problems(config: RunConfig, shape: BackboneShape) -> Iterator[str]:
+    model, size = config.model, config.parallel.tensor_model_parallel_size
     if model.max_seq_length > shape.max_positions:
         yield (
             f"model.max_seq_length={model.max_seq_length} exceeds the backbone's max_position_embeddings="
             f"{shape.max_positions}; lower it"
         )
     yield from _pipeline_problems(config, shape.num_layers)
-    check_tensor_parallel(shape, parallel.tensor_model_parallel_size)
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
-    dp_size = data_parallel_size(config, world_size)
-    if training.precision == "fp8":
-        yield from fp8_problems(shape, model, parallel)
-    yield from _batch_problems(config, dp_size)
-    yield from _interleaving_problems(config, dp_size)
-    if (training.num_steps is None) == (training.num_epochs is None):
-        yield (
-            f"set exactly one of training.num_steps ({training.num_steps}) and training.num_epochs "
-            f"({training.num_epochs})"
-        )
-    for name in ("num_steps", "num_epochs"):
-        value = getattr(training, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            yield f"training.{name}={value} must be positive"
-    for task in TASKS:
-        plugin: HLoRAPluginConfig | None = getattr(model.hlora, task.value)
-        if plugin is None and task in stage.tasks:
-            yield f"training.stage={training.stage} trains {task.value}, but model.hlora.{task.value} is null"
-        if plugin is not None:
-            yield from _plugin_problems(f"model.hlora.{task.value}", plugin)
-    vocabulary = Vocabulary.from_config(model)
-    if vocabulary.padded_size % parallel.tensor_model_parallel_size:
+    if size not in legal_tensor_parallel_sizes(shape):
+        tensor: list[str] = []
+        _attempt(tensor, check_tensor_parallel, shape, size)
+        yield from tensor
+    elif config.training.precision == "fp8":
+        yield from fp8_problems(shape, model, config.parallel)
+
+
+def _vocabulary_problems(config: RunConfig) -> Iterator[str]:
+    vocabulary, size = Vocabulary.from_config(config.model), config.parallel.tensor_model_parallel_size
+    if vocabulary.padded_size % size:
         yield (
             f"{vocabulary.padded_size} padded vocabulary rows cannot be sharded over tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size}; make model.vocabulary.pad_to_multiple a multiple of it"
+            f"{size}; make model.vocabulary.pad_to_multiple a multiple of it"
         )
-    if "new_rows" in stage.trainable and config.optimizer.weight_decay:
-        yield "optimizer.weight_decay must be 0 while training.new_rows=rows: it would shrink the frozen rows"
-    yield from _vision_problems(config, stage)
-    cache = config.data.feature_cache
+
+
+def _data_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
+    cache, mixture = config.data.feature_cache, config.data.mixture
     if cache is not None and (not cache or cache.startswith(".") or Path(cache).name != cache):
         yield f"data.feature_cache={cache!r} must be the plain name of a sub-folder of each dataset folder"
-    for name, weight in config.data.mixture.items():
-        yield from _one_of("data.mixture", name, tuple(task.value for task in TASKS))
-        if not (math.isfinite(weight) and weight >= 0):
-            yield f"data.mixture.{name}={weight} must be a number of at least 0"
-    if config.data.mixture and not any(config.data.mixture.get(task.value) for task in stage.tasks):
-        yield f"data.mixture={config.data.mixture} leaves training.stage={training.stage} without samples"
-    missing = [task.value for task in stage.tasks if config.data.mixture and task.value not in config.data.mixture]
+    names = [task.value for task in TASKS]
+    unknown = [name for name in mixture if name not in names]
+    for name in unknown:
+        yield f"data.mixture.{name} is unknown; use {' and '.join(names)}"
+    if unknown or not mixture:
+        return
+    if not any(mixture.get(task.value) for task in stage.tasks):
+        yield f"data.mixture={mixture} leaves training.stage={config.training.stage} without samples"
+    missing = [task.value for task in stage.tasks if task.value not in mixture]
     if missing:
-        yield f"data.mixture has no weight for {missing[0]}, which {training.stage} trains; 0 leaves it out"
-    yield from _packing_problems(config)
-    _check_megatron_overrides(config, shape)
+        yield f"data.mixture has no weight for {missing[0]}, which {config.training.stage} trains; 0 leaves it out"
 
 
 def _packing_problems(config: RunConfig) -> Iterator[str]:
     data, longest = config.data, config.model.max_seq_length
-    yield from _one_of("data.packing", data.packing, ("none", "by_task", "mixed"))
     if data.packing == "none":
         if data.pack_length is not None:
             yield f"data.pack_length={data.pack_length} has no effect without packing; set data.packing or remove it"
@@ -174,7 +202,7 @@ def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
                 yield f"parallel.{name}={value} needs parallel.pipeline_model_parallel_size > 1; remove it"
         return
     left, stages = num_layers - sum(given.values()), size - len(given)
-    if any(value < 1 for value in given.values()) or left < stages or (left % stages if stages else left):
+    if left < stages or (left % stages if stages else left):
         split = ", ".join(f"{name}={value}" for name, value in given.items())
         yield (
             f"parallel.pipeline_model_parallel_size={size}: {left} of the {num_layers} layers cannot be split evenly "
@@ -182,36 +210,20 @@ def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
             "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
         )
     per_stage = {*given.values(), *([left // stages] if stages else [])}
-    if chunks is not None and (chunks < 2 or any(count % chunks for count in per_stage)):
+    if chunks is not None and any(count % chunks for count in per_stage):
         yield (
-            f"parallel.virtual_pipeline_model_parallel_size={chunks} must be at least 2 and divide the layers of "
-            f"each stage ({', '.join(map(str, sorted(per_stage)))})"
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} must divide the layers of each stage "
+            f"({', '.join(map(str, sorted(per_stage)))})"
         )
-
-
-def _range_problems(config: RunConfig) -> Iterator[str]:
-    for name, minimum in _AT_LEAST.items():
-        value = operator.attrgetter(name)(config)
-        if value is not None and not (math.isfinite(value) and value >= minimum):
-            yield f"{name}={value} must be a number of at least {minimum}"
-    for name in _SHARES:
-        value = operator.attrgetter(name)(config)
-        if value is not None and not 0 <= value <= 1:
-            yield f"{name}={value} must be a share between 0 and 1"
-    for name in _DECAYS:
-        value = operator.attrgetter(name)(config)
-        if not 0 <= value < 1:
-            yield f"{name}={value} must be at least 0 and below 1"
 
 
 def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
     vision, sizes = config.model.vision, config.model.vision.hf_config
-    if not sizes:
-        yield "model.vision.hf_config is empty: copy the tower's config.json (vision_config) or name a preset"
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size"):
-        value = sizes.get(key)
-        if type(value) is not int or value < 1:
-            yield f"model.vision.hf_config.{key}={value!r} must be a positive integer"
+    wrong = [key for key in _VISION_SIZES if type(sizes.get(key)) is not int or sizes[key] < 1]
+    for key in wrong:
+        yield f"model.vision.hf_config.{key}={sizes.get(key)!r} must be a positive integer"
+    if wrong:
+        return
     if sizes["patch_size"] > sizes["image_size"]:
         yield (
             f"model.vision.hf_config.patch_size={sizes['patch_size']} exceeds image_size={sizes['image_size']}: "
@@ -224,11 +236,9 @@ def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
                 f"model.vision.{task.value}_hidden_state={depth} is outside a tower of {blocks} blocks; "
                 f"use {-(blocks + 1)} to {blocks}"
             )
-    if Task.GENERATION in stage.tasks and not (config.model.vq.num_codes and config.model.vq.num_indices):
-        yield (
-            f"training.stage={config.training.stage} draws images, but model.vq.num_codes={config.model.vq.num_codes} "
-            f"and num_indices={config.model.vq.num_indices}; set them to the VQGAN's"
-        )
+
+
+_VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
 
 
 def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:
@@ -249,23 +259,24 @@ def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:
             )
 
 
-def _plugin_problems(name: str, plugin: HLoRAPluginConfig) -> Iterator[str]:
-    if plugin.num_experts < 1 or plugin.lora_rank < 1 or plugin.lora_rank % plugin.num_experts:
-        yield (
-            f"{name}.lora_rank={plugin.lora_rank} must be a positive multiple of num_experts={plugin.num_experts}: "
-            "it is the total over all experts"
-        )
-    if not (math.isfinite(plugin.alpha) and plugin.alpha > 0):
-        yield f"{name}.alpha={plugin.alpha} must be a positive number: the plugin's output is scaled by it"
-    if not 0.0 <= plugin.dropout < 1.0:
-        yield f"{name}.dropout={plugin.dropout} must be at least 0 and below 1"
+def _plugin_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
+    for task in TASKS:
+        name = f"model.hlora.{task.value}"
+        plugin: HLoRAPluginConfig | None = getattr(config.model.hlora, task.value)
+        if plugin is None and task in stage.tasks:
+            yield f"training.stage={config.training.stage} trains {task.value}, but {name} is null"
+        if plugin is not None and plugin.lora_rank % plugin.num_experts:
+            yield (
+                f"{name}.lora_rank={plugin.lora_rank} must be a multiple of num_experts={plugin.num_experts}: it is "
+                "the total over all experts"
+            )
 
 
 def _batch_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
     micro, total = config.training.micro_batch_size, global_batch_size(config)
-    if micro < 1 or total < 1 or total % (micro * dp_size):
+    if total % (micro * dp_size):
         yield (
-            f"training.global_batch_size={total} must be a positive multiple of micro_batch_size ({micro}) x data "
+            f"training.global_batch_size={total} must be a multiple of micro_batch_size ({micro}) x data "
             f"parallel size ({dp_size}) = {micro * dp_size}"
         )
 
@@ -273,7 +284,7 @@ def _batch_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
 def _interleaving_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
     parallel, micro = config.parallel, config.training.micro_batch_size
     size = parallel.pipeline_model_parallel_size
-    count = global_batch_size(config) // max(micro * dp_size, 1)
+    count = global_batch_size(config) // (micro * dp_size)
     if parallel.virtual_pipeline_model_parallel_size is not None and (count < size or 0 < count % size < size):
         yield (
             f"{count} micro-batches per rank: the interleaved schedule needs a multiple of "
@@ -281,19 +292,35 @@ def _interleaving_problems(config: RunConfig, dp_size: int) -> Iterator[str]:
         )
 
 
+def _dataset_problems(config: RunConfig) -> Iterator[str]:
+    """Datasets that are here and were written for another model: said now, and not when the model is built."""
+    model, data = config.model, config.data
+    if None in (model.template, model.vocabulary.text_size, model.vq.num_codes):
+        return
+    for folder in dict.fromkeys((*data.train, *data.validation)):
+        try:
+            manifest = read_json(Path(folder) / "manifest.json")
+        except DataError:
+            continue  # not here, which is said elsewhere where it matters, or damaged, which the loader says
+        if "template" in manifest:
+            yield from manifest_problems(
+                Path(folder),
+                manifest,
+                vocabulary=Vocabulary.from_config(model),
+                tokenizer_hash=None,
+                template=template_of(model),
+                system_prompt=model.system_prompt,
+                num_indices=model.vq.num_indices,
+                max_image_side=data.max_image_side,
+            )
+
+
 def _missing_paths(config: RunConfig) -> Iterator[str]:
     model, data = config.model, config.data
-    folders = {
-        "model.backbone": model.backbone,
-        "model.tokenizer": model.tokenizer,
-        "model.vision.tower": model.vision.tower,
-    }
-    folders["model.vq.path"] = model.vq.path
-    for name, value in folders.items():
-        if value is not None and not Path(value).is_dir():
-            yield f"{name}={value} is not a folder"
+    for absent in absent_folders(model):
+        yield f"{absent} is not a folder"
     if model.tokenizer is None and model.backbone is None:
-        yield "set model.tokenizer (or model.backbone, whose tokenizer is then used)"
+        yield _NO_TOKENIZER
     if not data.train:
         yield "data.train is empty: name at least one folder written by tools/preprocess_vl_health.py"
     for name in ("train", "validation"):

@@ -154,7 +154,10 @@ def configure_logging(level: int) -> None:
 
 
 def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
-    """Say a user's mistake in one line on stderr, once for all processes of a group; returns the exit status."""
+    """Say a user's mistake in one line on stderr, once for all processes of a group; returns the exit status.
+
+    Several mistakes in one configuration (`errors.raise_problems`) have a line each.
+    """
     rank = rank_from_environment()
     if rank:
         # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
@@ -162,7 +165,9 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
         time.sleep(RANK_ERROR_DELAY_S)
     if verbose:
         traceback.print_exception(error)
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = str(error).rstrip()
+    if not re.match(r"\d+ problems\n", text):
+        text = " ".join(text.split())
     message = f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {text}"
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
@@ -192,14 +197,14 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration that the options of `add_configuration` name.
+    """The configuration that the options of `add_configuration` name, with its model's folders read.
 
     Raises:
-        ConfigError: an unknown key, preset or file, a value that does not fit.
+        ConfigError: all that is wrong in it at once, or a preset or file that is not there.
     """
-    from megatron_hgpt.config_io import load_config
+    from megatron_hgpt.model_folders import load_resolved
 
-    return load_config(arguments.config, arguments.overrides, arguments.preset)
+    return load_resolved(arguments.config, arguments.overrides, arguments.preset)
 
 
 def require_file(path: Path, option: str) -> None:

@@ -27,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="of image paths (default: each file's)")
     parser.add_argument("--source", metavar="NAME", help="of the source in the statistics (default: each file's)")
     parser.add_argument(
-        "--max-image-side", type=frame.at_least(0), metavar="PIXELS", help="store larger pictures smaller; 0 keeps all"
-    )
-    parser.add_argument(
         "--workers", type=frame.at_least(0), default=0, metavar="N", help="threads that decode pictures; 0 is inline"
     )
     parser.add_argument(
@@ -56,8 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
         "overwrite": arguments.overwrite,
         "progress_bar": True,
     }
-    if arguments.max_image_side is not None:
-        options["max_image_side"] = arguments.max_image_side
     manifest = preprocess_run(
         config, arguments.input, arguments.output, image_root=arguments.image_root, source=arguments.source,
         device=arguments.device, **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,45 @@ def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
     }
 
 
+def manifest_problems(
+    folder: Path,
+    manifest: dict[str, Any],
+    *,
+    vocabulary: Vocabulary,
+    tokenizer_hash: str | None,
+    template: str,
+    system_prompt: str | None,
+    num_indices: int | None,
+    max_image_side: int,
+) -> Iterator[str]:
+    """Why a dataset does not fit a run: what its manifest records and the run has otherwise; arguments of `VLDataset`.
+
+    A `tokenizer_hash` of None leaves the tokenizer unchecked: its hash takes seconds.
+    """
+    written, vq = manifest.get("template", {}), manifest.get("vq")
+    side = manifest.get("creation", {}).get("max_image_side", 0)
+    prompt = resolve_system_prompt(template, system_prompt)
+    pairs: list[tuple[str, Any, Any, str | None]] = [
+        ("template", written.get("name"), template, "model.template"),
+        ("system prompt", written.get("system_prompt"), prompt, None),
+        ("largest side of pictures (0: any)", side, max_image_side, "data.max_image_side"),
+    ]
+    if tokenizer_hash is not None:
+        pairs.insert(0, ("tokenizer (sha256)", manifest.get("tokenizer", {}).get("sha256"), tokenizer_hash, None))
+    for name, value in describe_vocabulary(vocabulary).items():
+        pairs.append((f"vocabulary {name}", manifest.get("vocabulary", {}).get(name), value, None))
+    if num_indices is not None and vq:
+        pairs.append(("VQ indices per image", vq.get("num_indices"), num_indices, None))
+    for what, found, wanted, field in pairs:
+        if found != wanted:
+            otherwise = "correct the configuration" if field is None else f"set {field}={found}"
+            yield (
+                f"{folder}: {what} of the dataset is {found!r}, the run's is {wanted!r}; write the dataset again with "
+                f"this run's configuration (tools/preprocess_vl_health.py), or {otherwise}"
+            )
+            return  # the others mostly follow from the first
+
+
 class VLDataset:
     """Map-style dataset over a folder written by `tools/preprocess_vl_health.py`.
 
@@ -38,6 +78,7 @@ class VLDataset:
         template: the model's chat template.
         system_prompt: the model's system message; None is the template's own.
         num_indices: VQ indices of one image; None leaves it unchecked.
+        max_image_side: `data.max_image_side` of the run, to which larger pictures must have been shrunk.
         features: its feature cache; samples then carry features and no picture is decoded.
         verify_checksums: compare the sha256 of every file (reads all of it); sizes are always compared.
 
@@ -54,6 +95,7 @@ class VLDataset:
         template: str,
         system_prompt: str | None = None,
         num_indices: int | None = None,
+        max_image_side: int = 0,
         features: FeatureCache | None = None,
         verify_checksums: bool = False,
     ) -> None:
@@ -61,21 +103,17 @@ class VLDataset:
         self._reader = DatasetReader(self.folder, verify_checksums=verify_checksums)
         manifest = self._reader.manifest
         self._vocabulary, self._features = vocabulary, features
-        self._check("tokenizer (sha256)", manifest["tokenizer"].get("sha256"), tokenizer_hash)
-        self._check("template", manifest["template"].get("name"), template)
-        prompt = resolve_system_prompt(template, system_prompt)
-        self._check("system prompt", manifest["template"].get("system_prompt"), prompt)
-        for name, value in describe_vocabulary(vocabulary).items():
-            self._check(f"vocabulary {name}", manifest["vocabulary"].get(name), value)
-        if num_indices is not None and manifest.get("vq"):
-            self._check("VQ indices per image", manifest["vq"].get("num_indices"), num_indices)
-
-    def _check(self, what: str, found: Any, wanted: Any) -> None:
-        if found != wanted:
-            raise DataError(
-                f"{self.folder}: {what} of the dataset is {found!r}, the model's is {wanted!r}; write the dataset "
-                "again with the model's settings (tools/preprocess_vl_health.py), or correct the configuration"
-            )
+        for problem in manifest_problems(
+            self.folder,
+            manifest,
+            vocabulary=vocabulary,
+            tokenizer_hash=tokenizer_hash,
+            template=template,
+            system_prompt=system_prompt,
+            num_indices=num_indices,
+            max_image_side=max_image_side,
+        ):
+            raise DataError(problem)
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from megatron_hgpt.samples import IMAGE_TOKEN_ID, Sample
 from megatron_hgpt.text.templates import encode_conversation, end_token_id, resolve_system_prompt
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
-from megatron_hgpt.vision.preprocess import load_image
+from megatron_hgpt.vision.preprocess import load_image, shrink
 from megatron_hgpt.vl_health import hf_parquet, llava_json
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class PreprocessOptions:
     """Features of one image; with `max_seq_length` only used to count the samples that will be truncated."""
     max_seq_length: int = 2048
     """Tokens of one sample with its image features."""
-    max_image_side: int = 1024
-    """Larger input pictures are stored smaller (aspect kept, LANCZOS); 0 keeps every size."""
+    max_image_side: int = 0
+    """`data.max_image_side`: larger input pictures are stored smaller; 0 keeps every size."""
     max_consecutive_skips: int = 100
     """Unusable records in a row that stop the work."""
     num_workers: int = 0
@@ -235,7 +235,7 @@ def _prepare(
             if vqgan is None:
                 raise DataError(f"record {sample_id} has a target_image; give the VQGAN that encodes it (--vqgan)")
             target = vqgan.preprocess(load_image(sample.target_image))
-        images = [_store(load_image(image), options.max_image_side) for image in sample.images]
+        images = [_store(shrink(load_image(image), options.max_image_side)) for image in sample.images]
     except SkipSample as error:
         # The record's own paths are relative; the root is this machine's business.
         detail = error.detail.replace(f"{os.path.abspath(root)}{os.sep}", "")
@@ -243,10 +243,8 @@ def _prepare(
     return _Prepared(sample_id=sample_id, sample=sample, images=images, target=target)
 
 
-def _store(image: Image.Image, max_side: int) -> bytes:
+def _store(image: Image.Image) -> bytes:
     """PNG of the pixels alone: a fresh image carries no EXIF, text or colour profile."""
-    if max_side and max(image.size) > max_side:
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ def preprocess_run(
     """Write the dataset folder `output` for the model of `config`.
 
     Args:
-        config: the run; of its sections only `model` counts.
+        config: the run with its folders read (`load_resolved`).
         inputs: files of records: .json, .jsonl (LLaVA's schema) or .parquet.
         output: folder to write; it appears only when it is complete.
         image_root: folder of image paths; None takes each file's own.
@@ -53,11 +53,13 @@ def preprocess_run(
     if folder is None:
         raise ConfigError("neither model.tokenizer nor model.backbone names a folder; set one of them")
     settings = PreprocessOptions(
-        template=model.template,
+        template=template_of(model),
         system_prompt=model.system_prompt,
-        num_indices=model.vq.num_indices,
-        num_image_tokens=_num_image_tokens(model),
+        num_indices=model.vq.indices,
+        # Without any word about the tower, CLIP ViT-L/14-336's.
+        num_image_tokens=model.vision.num_image_tokens if model.vision.hf_config else 576,
         max_seq_length=model.max_seq_length,
+        max_image_side=config.data.max_image_side,
         **options,
     )
     root = None if image_root is None else Path(image_root)
@@ -92,12 +94,3 @@ def _load_vqgan(model: ModelConfig, device: str) -> _OnDevice | None:
     from megatron_hgpt.vision.vqgan import VQGAN
 
     return _OnDevice(VQGAN.load(Path(model.vq.path), device), device)
-
-
-def _num_image_tokens(model: ModelConfig) -> int:
-    """Patches of the tower, CLIP ViT-L/14-336's where the configuration does not say."""
-    values = dict(model.vision.hf_config)
-    if model.vision.tower is not None and (Path(model.vision.tower) / "config.json").is_file():
-        values = json.loads((Path(model.vision.tower) / "config.json").read_text())
-        values = values.get("vision_config", values)
-    return (int(values.get("image_size", 336)) // int(values.get("patch_size", 14))) ** 2

@@ -15,6 +15,7 @@ from megatron_hgpt.data.dataset import VLDataset
 from megatron_hgpt.data.feature_cache import open_caches
 from megatron_hgpt.data.packing import Indices
 from megatron_hgpt.samples import EncodedSample, Task
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 
@@ -70,9 +71,10 @@ def open_source(
             folder,
             vocabulary=Vocabulary.from_config(config.model),
             tokenizer_hash=tokenizer_hash,
-            template=config.model.template,
+            template=template_of(config.model),
             system_prompt=config.model.system_prompt,
             num_indices=config.model.vq.num_indices,
+            max_image_side=config.data.max_image_side,
             features=features,
         )
         for folder, features in zip(folders, open_caches(config, folders, tasks), strict=True)

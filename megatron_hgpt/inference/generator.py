@@ -26,7 +26,7 @@ from megatron_hgpt.errors import DataError
 from megatron_hgpt.samples import Task
 from megatron_hgpt.text.templates import encode_prompt, end_token_id
 from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
+from megatron_hgpt.vision.preprocess import clip_preprocess, load_image, shrink
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,6 +111,7 @@ class Generator:
         template: chat template name.
         num_indices: VQ indices of one image.
         system_prompt: the template's system message; None is the template's own.
+        max_image_side: `data.max_image_side` of the run: larger pictures are shrunk to it, as its datasets' were.
         batch_size: requests decoded together at most.
     """
 
@@ -122,11 +123,12 @@ class Generator:
         template: str,
         num_indices: int,
         system_prompt: str | None = None,
+        max_image_side: int = 0,
         batch_size: int = 16,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.template, self.system_prompt = template, system_prompt
-        self.num_indices, self.batch_size = num_indices, batch_size
+        self.num_indices, self.batch_size, self.max_image_side = num_indices, batch_size, max_image_side
         self.vocabulary = model.vocabulary
         self.end_id = end_token_id(tokenizer, template)
 
@@ -209,7 +211,8 @@ class Generator:
             system_prompt=self.system_prompt,
             num_images=len(prompt.images),
         )
-        return self.splice(prompt.task, torch.tensor(ids), [load_image(image) for image in prompt.images])
+        images = [shrink(load_image(image), self.max_image_side) for image in prompt.images]
+        return self.splice(prompt.task, torch.tensor(ids), images)
 
     def splice(self, task: Task, tokens: torch.Tensor, images: Sequence[Any]) -> EncodedPrompt:
         """A prompt from token ids [t] (IMAGE_TOKEN_ID once per image) and RGB images."""

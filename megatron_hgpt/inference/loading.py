@@ -12,6 +12,8 @@ from megatron_hgpt.config_io import load_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.inference.generator import Generator
+from megatron_hgpt.model_folders import load_resolved
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.vision.vqgan import VQGAN
 
 
@@ -57,7 +59,7 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
     from megatron_hgpt.text.tokenizer import TextTokenizer
 
     folder = resolve_folder(Path(run))
-    config = load_config(folder / "resolved_config.yaml", overrides)
+    config = load_resolved(folder / "resolved_config.yaml", overrides)
     config.parallel = layout_of_overrides(overrides)
     context = distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config, context.device)
@@ -66,9 +68,10 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
     generator = Generator(
         model,
         tokenizer,
-        template=config.model.template,
-        num_indices=config.model.vq.num_indices,
+        template=template_of(config.model),
+        num_indices=config.model.vq.indices,
         system_prompt=config.model.system_prompt,
+        max_image_side=config.data.max_image_side,
     )
     vqgan = VQGAN.load(Path(config.model.vq.path), context.device) if config.model.vq.path else None
     return LoadedRun(config=config, context=context, generator=generator, vqgan=vqgan)

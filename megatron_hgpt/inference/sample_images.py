@@ -15,6 +15,7 @@ from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.hooks import TrainState
 from megatron_hgpt.inference.generator import EncodedPrompt, Generator
 from megatron_hgpt.samples import EncodedSample, Task
+from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.vocabulary import Vocabulary
 
 
@@ -34,8 +35,8 @@ def image_sampler(
     generator = Generator(
         model,
         tokenizer,
-        template=config.model.template,
-        num_indices=config.model.vq.num_indices,
+        template=template_of(config.model),
+        num_indices=config.model.vq.indices,
         system_prompt=config.model.system_prompt,
     )
 
@@ -64,8 +65,9 @@ def _generation_samples(config: RunConfig, tokenizer_hash: str) -> list[EncodedS
             folder,
             vocabulary=Vocabulary.from_config(config.model),
             tokenizer_hash=tokenizer_hash,
-            template=config.model.template,
+            template=template_of(config.model),
             system_prompt=config.model.system_prompt,
+            max_image_side=config.data.max_image_side,
         )
         for index in (dataset.tasks == Task.GENERATION.code).nonzero()[0]:
             if len(chosen) == config.logging.num_sample_images:

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_hgpt.backbone.implementation import LOCAL
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
-from megatron_hgpt.config import ParallelConfig, RunConfig
+from megatron_hgpt.config import ParallelConfig, Precision, Recompute, RunConfig
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.planner.hardware import Cluster
 from megatron_hgpt.samples import TASKS, Task
@@ -74,8 +74,8 @@ class PlanRequest:
 
     config: RunConfig
     cluster: Cluster
-    precision: str = "bf16"
-    recompute: str = "none"
+    precision: Precision = "bf16"
+    recompute: Recompute | Literal["none"] = "none"
     distributed_optimizer: bool = True
     supervised_tokens: dict[Task, int] = field(default_factory=dict)
     images_per_sample: int = 1
@@ -185,7 +185,7 @@ class PlanRequest:
 def default_supervised_tokens(config: RunConfig) -> dict[Task, int]:
     """Generation: all indices of one image with its two marks and the end token. Comprehension: answers of 256."""
     sequence = config.model.max_seq_length
-    counts = {Task.COMPREHENSION: 256, Task.GENERATION: config.model.vq.num_indices + 3}
+    counts = {Task.COMPREHENSION: 256, Task.GENERATION: config.model.vq.indices + 3}
     return {task: min(counts[task], sequence) for task in TASKS}
 
 

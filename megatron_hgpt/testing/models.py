@@ -61,6 +61,7 @@ def tiny_config(backbone: Path, output_dir: Path, **sections: Any) -> RunConfig:
             ),
             vocabulary=VocabularyConfig(text_size=TEXT_SIZE, pad_to_multiple=64),
             vq=VQConfig(num_codes=NUM_CODES, num_indices=NUM_INDICES),
+            template="phi3_instruct",
             hlora=HLoRAConfig(
                 comprehension=HLoRAPluginConfig(lora_rank=8, alpha=16.0, **plugin),
                 generation=HLoRAPluginConfig(lora_rank=16, alpha=32.0, **plugin),

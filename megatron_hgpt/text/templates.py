@@ -7,9 +7,10 @@ text. Adjacent template pieces are one segment, so that white space between them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from megatron_hgpt.config import ModelConfig, TemplateName
 from megatron_hgpt.errors import ConfigError, SkipSample
 from megatron_hgpt.samples import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, Sample, Task, Turn
 from megatron_hgpt.text.tokenizer import TextTokenizer
@@ -88,6 +89,36 @@ def get_template(name: str) -> ChatTemplate:
     if name not in TEMPLATES:
         raise ConfigError(f"template {name!r} is unknown; choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def template_of(model: ModelConfig) -> str:
+    """The template of a resolved configuration (`model_folders.resolve_model`).
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if model.template is None:
+        raise ConfigError(f"model.template is not known; set it to one of {', '.join(TEMPLATES)}")
+    return model.template
+
+
+def chat_template_of(tokens: Container[str], family: str, description: str) -> TemplateName | None:
+    """The chat template that a tokenizer was made for, where its control tokens leave no doubt.
+
+    Args:
+        tokens: its entries.
+        family: of the backbone: phi3, llama or qwen2.
+        description: text of its own configuration, which names the model that it belongs to.
+    """
+    if "<|assistant|>" in tokens and "<|end|>" in tokens:
+        return "phi3_instruct"
+    if "<|im_start|>" not in tokens or "<|im_end|>" not in tokens:
+        return None
+    if "<|im_sep|>" in tokens:
+        return "phi4_instruct"
+    if family == "qwen2":
+        return "qwen_2"
+    return "smollm2" if "SmolLM" in description else None  # other models write ChatML with another system message
 
 
 def resolve_system_prompt(template: str, system_prompt: str | None) -> str:

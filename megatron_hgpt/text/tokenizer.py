@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.files import read_json
 
 
 class TextTokenizer:
@@ -49,23 +51,12 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> TextTokenizer:
-        """Read a tokenizer folder (tokenizer.json, or files that transformers can convert to it).
+        """Read a tokenizer folder; see `read_tokenizer` for which of its files count.
 
         Raises:
             DataError: no folder, no tokenizer in it, or one without a fast version.
         """
-        from transformers import AutoTokenizer
-
-        if not Path(folder).is_dir():
-            raise DataError(f"tokenizer folder {folder} does not exist; give the folder that holds tokenizer.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise DataError(f"{folder}: no tokenizer can be loaded ({error})") from error
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError(f"{folder}: {type(tokenizer).__name__} has no fast version; save one as tokenizer.json")
-        return cls(json.loads(backend.to_str()), tokenizer.bos_token)
+        return cls(*read_tokenizer(folder))
 
     def encode(self, text: str, *, at_start: bool = False) -> list[int]:
         """Ids of untrusted text; strings like `<|end|>` in it become ordinary pieces, never control tokens.
@@ -102,6 +93,82 @@ class TextTokenizer:
         if found is None:
             raise DataError(f"the tokenizer has no token {token!r}; the template belongs to another tokenizer")
         return int(found)
+
+
+def read_tokenizer(folder: str | Path) -> tuple[dict[str, Any], str | None]:
+    """A tokenizer as tokenizers' serialisation, from its own tokenizer.json alone, and its BOS token.
+
+    transformers' `AutoTokenizer` takes the class from config.json or tokenizer_config.json beside it, and many of
+    those classes replace the pre-tokenizer by their own: Phi-4's ids of "3.5 ml/s" then depend on the neighbours.
+    Only a folder without tokenizer.json (sentencepiece's tokenizer.model, vocab.json with merges.txt) is converted.
+
+    Raises:
+        DataError: no folder, no tokenizer in it, one that cannot be read, or one without a fast version.
+    """
+    from tokenizers import Tokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"tokenizer folder {folder} does not exist; give the folder that holds tokenizer.json")
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return _convert(folder)
+    try:
+        # Through the library: it fills in the fields that an older version did not write.
+        serialised = Tokenizer.from_str(file.read_text(encoding="utf-8")).to_str()
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{file}: no tokenizer can be loaded ({error})") from error
+    return json.loads(serialised), _read_bos_token(folder)
+
+
+_NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SOURCES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt")
+"""What `_convert` shows to transformers: the tokenizer's own files, and no model's config.json."""
+
+
+def _convert(folder: Path) -> tuple[dict[str, Any], str | None]:
+    from transformers import AutoTokenizer
+
+    sources = [folder / name for name in _SOURCES if (folder / name).is_file()]
+    if not sources:
+        raise DataError(f"{folder}: no tokenizer can be loaded (it holds neither tokenizer.json nor {_SOURCES[0]})")
+    with tempfile.TemporaryDirectory() as alone:
+        for path in (*sources, *(folder / name for name in _NEIGHBOURS)):
+            if path.is_file():
+                (Path(alone) / path.name).symlink_to(path.absolute())
+        if not (Path(alone) / "tokenizer_config.json").is_file():
+            kind = "LlamaTokenizer" if sources[0].suffix == ".model" else "GPT2Tokenizer"
+            (Path(alone) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(alone, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+            raise DataError(f"{folder}: no tokenizer can be loaded ({' '.join(str(error).split())})") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(f"{folder}: {type(tokenizer).__name__} has no fast version; save one as tokenizer.json")
+    return json.loads(backend.to_str()), tokenizer.bos_token
+
+
+def _read_bos_token(folder: Path) -> str | None:
+    """As tokenizer_config.json, else special_tokens_map.json, names it."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        token = read_json(path).get("bos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def vocabulary_of(description: dict[str, Any]) -> dict[str, int]:
+    """Every entry and its id, added tokens included; `description` as `read_tokenizer` gives it."""
+    from tokenizers import Tokenizer
+
+    entries: dict[str, int] = Tokenizer.from_str(json.dumps(description)).get_vocab(with_added_tokens=True)
+    return entries
 
 
 def _without_dummy_space(description: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,14 @@ class Vocabulary:
 
     @classmethod
     def from_config(cls, model: ModelConfig) -> Vocabulary:
-        """The vocabulary that a model configuration describes."""
+        """The vocabulary that a resolved model configuration describes.
+
+        Raises:
+            ConfigError: a size is not known yet.
+        """
         return cls(
-            text_size=model.vocabulary.text_size,
-            num_codes=model.vq.num_codes,
+            text_size=model.vocabulary.text_ids,
+            num_codes=model.vq.codes,
             pad_to_multiple=model.vocabulary.pad_to_multiple,
         )
 

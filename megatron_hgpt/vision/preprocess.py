@@ -53,6 +53,18 @@ def load_image(source: Path | str | bytes | Image.Image) -> Image.Image:
         return _decode(opened, name)
 
 
+def shrink(image: Image.Image, max_side: int) -> Image.Image:
+    """The picture with its longer side at most `max_side` pixels (aspect kept, LANCZOS); 0 leaves it as it is.
+
+    Datasets and inference share it (`data.max_image_side`): the tower then sees the same pixels in both.
+    """
+    if not max_side or max(image.size) <= max_side:
+        return image
+    smaller = image.copy()
+    smaller.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return smaller
+
+
 def clip_preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
     """Pad to a square, resize (bicubic) and normalise as CLIP does.
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import dump, load_config, preset_names, save_config, to_dict
+from megatron_hgpt.config import Above, AtLeast, Below, RunConfig, Within
+from megatron_hgpt.config_io import check_types, dump, load_config, preset_names, read_config, save_config, to_dict
 from megatron_hgpt.errors import ConfigError
 
 
@@ -117,9 +117,9 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("training.seed=true", "training.seed=True must be int"),  # a bool is an int to Python
         ("training.seed=1.5", "training.seed=1.5 must be int"),
         ("training.seed=null", "training.seed=None must be int"),
-        ("training.num_steps=ten", "training.num_steps='ten' must be int or null"),
-        ("optimizer.lr=fast", "optimizer.lr='fast' must be float or null"),
-        ("optimizer.lr=true", "optimizer.lr=True must be float or null"),
+        ("training.num_steps=ten", "training.num_steps='ten' must be int (at least 1) or null"),
+        ("optimizer.lr=fast", "optimizer.lr='fast' must be float (at least 0) or null"),
+        ("optimizer.lr=true", "optimizer.lr=True must be float (at least 0) or null"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1 must be bool"),
         ("name=5", "name=5 must be str"),
         ("data.train=one", "data.train='one' must be list"),
@@ -245,3 +245,67 @@ def test_a_section_that_was_null_can_be_filled_again() -> None:
     assert plugin is not None
     assert plugin.lora_rank == 8
     assert plugin.num_experts == 4  # what is not named is the default, not what stood there before
+
+
+def test_all_values_that_cannot_be_read_come_in_one_message(tmp_path: Path) -> None:
+    write(tmp_path, "beneath.yaml", "training: {seed: x, stage: stage4}\n")
+    run = write(tmp_path, "run.yaml", "base: beneath.yaml\noptimizer: {lr: -1.0, lrr: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(run, ["data.packing=mix", "training.num_steps=0"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "6 problems"
+    for number, (line, start) in enumerate(
+        zip(
+            lines[1:],
+            [
+                f"{tmp_path / 'beneath.yaml'}: training.seed='x' must be int (at least 0)",
+                f"{tmp_path / 'beneath.yaml'}: training.stage='stage4' must be one of stage1_comprehension, stage1_gen",
+                f"{run}: optimizer.lr=-1.0 must be float (at least 0) or null",
+                f"{run}: unknown key optimizer.lrr; did you mean optimizer.lr?",
+                "the command line: data.packing='mix' must be one of none, by_task, mixed; did you mean mixed?",
+                "the command line: training.num_steps=0 must be int (at least 1) or null",
+            ],
+            strict=True,
+        ),
+        start=1,
+    ):
+        assert line.startswith(f"  {number}. {start}")
+
+
+def test_what_can_be_read_is_kept_beside_the_problems() -> None:
+    config, problems = read_config(None, ["training.seed=5", "training.stage=stage4"])
+    assert (config.training.seed, config.training.stage) == (5, "stage3_joint")
+    assert [problem.field for problem in problems] == ["training.stage"]
+
+
+@pytest.mark.parametrize("preset", [None, *preset_names()])
+def test_every_default_lies_within_its_own_type(preset: str | None) -> None:
+    config = load_config(preset=preset)
+    assert check_types(config) == (config, [])
+
+
+def test_a_value_set_in_python_is_read_as_strictly_as_a_file_s() -> None:
+    config: Any = load_config(preset="tiny")
+    config.optimizer.lr, config.model.hlora.generation.dropout, config.name = "fast", 1.0, None
+    checked, problems = check_types(config)
+    assert [problem.message for problem in problems] == [
+        "name=None must be str",
+        "model.hlora.generation.dropout=1.0 must be float (at least 0 and below 1)",
+        "optimizer.lr='fast' must be float (at least 0) or null",
+    ]
+    assert (checked.optimizer.lr, checked.name) == (None, "run")
+
+
+@pytest.mark.parametrize(
+    ("bound", "inside", "outside", "text"),
+    [
+        (AtLeast(1), [1, 2], [0, float("nan"), float("inf")], "at least 1"),
+        (Above(0), [0.1], [0, -1, float("nan"), float("inf")], "above 0"),
+        (Within(0, 1), [0, 1], [-0.1, 1.1, float("nan")], "0 to 1"),
+        (Below(0, 1), [0, 0.99], [1, -0.1, float("nan")], "at least 0 and below 1"),
+    ],
+)
+def test_bounds(bound: Any, inside: list[float], outside: list[float], text: str) -> None:
+    assert str(bound) == text
+    assert all(bound.holds(value) for value in inside)
+    assert not any(bound.holds(value) for value in outside)

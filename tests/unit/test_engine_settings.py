@@ -30,9 +30,9 @@ def test_every_stage_is_valid(stage: int) -> None:
 @pytest.mark.parametrize(
     ("world_size", "overrides", "message"),
     [
-        (1, ["engine.name=horovod"], "engine.name='horovod' is unknown; use one of megatron, deepspeed"),
-        (1, ["engine.zero_stage=4"], "engine.zero_stage=4 is unknown; use 1, 2 or 3"),
-        (1, ["engine.offload_optimizer=disk"], "engine.offload_optimizer='disk' is unknown; use one of none, cpu"),
+        (1, ["engine.name=horovod"], "engine.name='horovod' must be one of megatron, deepspeed"),
+        (1, ["engine.zero_stage=4"], "engine.zero_stage=4 must be one of 1, 2, 3"),
+        (1, ["engine.offload_optimizer=disk"], "engine.offload_optimizer='disk' must be one of none, cpu"),
         (1, ["engine.offload_parameters=cpu"], "engine.offload_parameters=cpu needs engine.zero_stage=3, it is 2"),
         (2, ["parallel.tensor_model_parallel_size=2"], "tensor_model_parallel_size=2 needs engine.name=megatron"),
         (2, ["parallel.pipeline_model_parallel_size=2"], "pipeline_model_parallel_size=2 needs engine.name=megatron"),

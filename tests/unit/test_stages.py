@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import pytest
 
-from megatron_hgpt.config import TrainingConfig
+from megatron_hgpt.config import StageName, TrainingConfig
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.parameters import GROUP_TASK, group_of
 from megatron_hgpt.samples import Task
@@ -129,8 +130,10 @@ def test_groups_by_parameter_name(name: str, group: str) -> None:
     assert group_of(f"module.module.{name}") == group  # as the data-parallel and precision wrappers prefix it
 
 
-def test_unknown_stage_and_unknown_rows() -> None:
+def test_unknown_stage() -> None:
     with pytest.raises(ConfigError, match="training.stage='stage4' is unknown; use one of stage1_comprehension, "):
         resolve("stage4")
-    with pytest.raises(ConfigError, match="training.new_rows='some' is unknown; use rows, full or none"):
-        resolve("stage1_generation", new_rows="some")
+
+
+def test_the_type_of_the_field_names_every_row_of_the_table() -> None:
+    assert list(typing.get_args(StageName)) == list(STAGES)

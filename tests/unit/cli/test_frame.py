@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hgpt.cli import frame, library_messages
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, raise_problems
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,8 +24,12 @@ def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert frame.report_error(ConfigError("two problems:\n  a=1 is odd\n  b=2 is even\n")) == 2
-    assert capsys.readouterr().err == "ConfigError: two problems:; a=1 is odd; b=2 is even\n"
+    assert frame.report_error(ConfigError("a library says:\n  a=1 is odd\n")) == 2
+    assert capsys.readouterr().err == "ConfigError: a library says: a=1 is odd\n"
+    with pytest.raises(ConfigError) as several:
+        raise_problems(["a=1 is odd", "b=2 is even"])
+    frame.report_error(several.value)
+    assert capsys.readouterr().err == "ConfigError: 2 problems\n  1. a=1 is odd\n  2. b=2 is even\n"
     frame.report_error(ConfigError("once"), verbose=True)
     assert "ConfigError: once\nConfigError: once\n" in capsys.readouterr().err.replace("megatron_hgpt.errors.", "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     *[([name, *rest, "empty", "--max-new-tokens", "0"], "'0' must be a whole number of at least 1")
       for name, rest in STORED.items()],
     (["train", "--preset", "tiny", "training.num_steps=1", "model.tokenizer=nowhere"], "nowhere"),
-    (["train", "--preset", "tiny", "training.num_steps=1", "parallel.tensor_model_parallel_size=3"], "use 1, 2, 4"),
+    (["train", "--preset", "tiny", "--dry-run", "training.num_steps=1", "parallel.tensor_model_parallel_size=3",
+      "model.vocabulary.pad_to_multiple=192"], "use 1, 2, 4"),
     (["train", "--preset", "tiny", "--dry-run", "training.num_steps=1", "optimizer.lr=-1"], "optimizer.lr"),
     (["preprocess", "--input", "records.json"], "the following arguments are required: --output"),
     (["preprocess", "--preset", "tiny", "--input", "nowhere.json", "--output", "out"], "nowhere.json is not a file"),
@@ -116,7 +118,9 @@ def test_a_mistake_is_one_line_and_status_2(case: int, outcomes: list[Any]) -> N
     status, out, err = outcomes[case]
     assert status == 2
     assert out == ""
-    assert err.count("\n") == 1 and err.endswith("\n"), err
+    # One line; where a configuration has several mistakes, one for their number and one for each.
+    several = re.match(r"ConfigError: (\d+) problems\n", err)
+    assert err.count("\n") == (1 + int(several[1]) if several else 1) and err.endswith("\n"), err
     assert MISTAKES[case][1] in err
     assert err.split(":")[0] in ("ConfigError", "DataError", "CheckpointError", "UsageError")
 

@@ -39,10 +39,12 @@ def test_samples(tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer_hash": "other"}, r"tokenizer \(sha256\) of the dataset is 'abc', the model's is 'other'"),
-        ({"template": "plain"}, "template of the dataset is 'phi3_instruct', the model's is 'plain'"),
+        ({"tokenizer_hash": "other"}, r"tokenizer \(sha256\) of the dataset is 'abc', the run's is 'other'"),
+        ({"template": "plain"}, "template of the dataset is 'phi3_instruct', the run's is 'plain'"),
         ({"system_prompt": "Hi."}, "system prompt of the dataset is 'You are a helpful AI assistant.'"),
-        ({"num_indices": 5}, "VQ indices per image of the dataset is 4, the model's is 5"),
+        ({"template": "plain"}, "or set model.template=phi3_instruct$"),
+        ({"max_image_side": 1024}, r"largest side of pictures \(0: any\) of the dataset is 0, the run's is 1024"),
+        ({"num_indices": 5}, "VQ indices per image of the dataset is 4, the run's is 5"),
         ({"vocabulary": Vocabulary(text_size=401, num_codes=16)}, "vocabulary text_size of the dataset is 400"),
         ({"vocabulary": Vocabulary(text_size=400, num_codes=8)}, "vocabulary num_codes of the dataset is 16"),
     ],

@@ -177,6 +177,7 @@ def test_a_finished_cache_is_kept_and_another_one_needs_overwrite(dataset: Path)
 
 def _config(folder: Path, cache: str | None) -> RunConfig:
     config = RunConfig()
+    config.model.template = "phi3_instruct"
     config.data.train, config.data.feature_cache, config.data.num_workers = [str(folder)], cache, 0
     config.model.vocabulary.text_size, config.model.vq.num_codes, config.model.vq.num_indices = 400, 16, 4
     config.model.vision, config.training.precision = _vision(), "fp32"

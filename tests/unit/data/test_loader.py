@@ -23,6 +23,7 @@ Make = Callable[..., Path]
 
 def _config(train: Sequence[Path] = (), validation: Sequence[Path] = (), **changes: Any) -> RunConfig:
     config = RunConfig()
+    config.model.template = "phi3_instruct"
     config.data.train, config.data.validation = [str(path) for path in train], [str(path) for path in validation]
     config.data.num_workers = changes.pop("num_workers", 0)
     config.data.mixture = changes.pop("mixture", {})

@@ -90,6 +90,7 @@ def test_a_row_of_one_task_names_it() -> None:
 def _loader(folders: list[Path], packing: str, *, capacity: int = 16, num_rows: int = 2, **options: Any) -> TrainLoader:
     """Samples of 6 positions: two fit into 16."""
     config = RunConfig()
+    config.model.template = "phi3_instruct"
     config.data.train, config.data.num_workers = [str(folder) for folder in folders], 0
     config.data.packing, config.data.pack_length = packing, capacity
     config.model.vocabulary.text_size, config.model.vq.num_codes, config.model.vq.num_indices = 400, 16, 4

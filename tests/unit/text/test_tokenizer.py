@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.text.tokenizer import TextTokenizer
 
@@ -80,10 +83,87 @@ def test_legacy_prepend_normaliser_is_handled(sentencepiece_folder: Path) -> Non
         assert legacy.encode("is this\nCT", at_start=at_start) == current.encode("is this\nCT", at_start=at_start)
 
 
+@pytest.fixture
+def phi4_like(tmp_path: Path) -> Path:
+    """A byte-level BPE whose pre-tokenizer (cl100k's) is not that of the class its tokenizer_config.json names."""
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["3.5 ml/s and 2.0 ml/s, ml/s"] * 3, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_nothing_beside_tokenizer_json_changes_the_ids(phi4_like: Path) -> None:
+    """Fails with transformers' AutoTokenizer: its classes put their own pre-tokenizer in place of the file's."""
+    text = "3.5 ml/s"
+    alone = TextTokenizer.load(phi4_like)
+    expected = Tokenizer.from_file(str(phi4_like / "tokenizer.json")).encode(text).ids
+    assert alone.encode(text) == expected
+    seen_by_auto = set()
+    for tokenizer_class in (None, "GPT2Tokenizer", "PreTrainedTokenizerFast"):
+        settings = {"bos_token": "<|endoftext|>"} | ({"tokenizer_class": tokenizer_class} if tokenizer_class else {})
+        (phi4_like / "tokenizer_config.json").write_text(json.dumps(settings))
+        for model_type in (None, "phi3", "llama", "qwen2", "gpt2"):
+            (phi4_like / "config.json").unlink(missing_ok=True)
+            if model_type:
+                (phi4_like / "config.json").write_text(json.dumps({"model_type": model_type}))
+                auto = AutoTokenizer.from_pretrained(phi4_like, local_files_only=True)
+                seen_by_auto.add(tuple(auto.encode(text, add_special_tokens=False)))
+            tokenizer = TextTokenizer.load(phi4_like)
+            assert (tokenizer.encode(text), tokenizer.hash) == (expected, alone.hash)
+    assert len(seen_by_auto) > 1  # or the neighbours would decide nothing
+
+
+def test_the_bos_token_is_read_from_the_files_beside(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(sentencepiece_folder / "tokenizer.json", tmp_path)
+    assert TextTokenizer.load(tmp_path).bos_id is None
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>", "lstrip": False}}))
+    assert TextTokenizer.load(tmp_path).bos_id == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>"}))
+    assert TextTokenizer.load(tmp_path).bos_id == 2
+
+
+def test_a_folder_with_only_a_sentencepiece_model_is_converted(tmp_path: Path) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("\n".join([*DEFAULT_TEXTS] * 5))
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    text = "Is this slice CT?"
+    expected = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
+    converted = TextTokenizer.load(tmp_path)
+    assert converted.encode(text, at_start=True) == expected
+    assert converted.bos_id == 1
+    for model_type in ("phi3", "qwen2", "gpt2"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        beside = TextTokenizer.load(tmp_path)
+        assert (beside.encode(text, at_start=True), beside.hash) == (expected, converted.hash)
+
+
 def test_errors(tmp_path: Path, bpe: TextTokenizer) -> None:
     with pytest.raises(DataError, match="does not exist"):
         TextTokenizer.load(tmp_path / "absent")
     with pytest.raises(DataError, match="no tokenizer can be loaded"):
+        TextTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer.json: no tokenizer can be loaded"):
         TextTokenizer.load(tmp_path)
     with pytest.raises(DataError, match=r"no token '<\|user\|>'"):
         bpe.token_id("<|user|>")

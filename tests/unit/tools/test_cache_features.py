@@ -40,7 +40,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         preprocess(
             [Input(path=Path("records.jsonl"))], Path("data") / split, tokenizer=TextTokenizer.load(tokenizer),
             vocabulary=Vocabulary(text_size=640, num_codes=256),
-            options=PreprocessOptions(template="phi3_instruct", num_indices=64),
+            options=PreprocessOptions(template="plain", num_indices=64),
         )  # fmt: skip
     values = {
         "preset": "tiny",

@@ -45,8 +45,14 @@ def test_writes_a_dataset(arguments: list[str], tmp_path: Path, capsys: pytest.C
 def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     without_tokenizer = [argument for argument in arguments if not argument.startswith("model.tokenizer")]
     for changed, message in (
-        ([*arguments, "model.vocabulary.text_size=9"], "ConfigError: the tokenizer has"),
-        ([*arguments, "model.template=phi5"], "ConfigError: template 'phi5' is unknown"),
+        (
+            [*arguments, "model.vocabulary.text_size=9"],
+            "ConfigError: model.vocabulary.text_size=9, but the tok",
+        ),
+        (
+            [*arguments, "model.template=phi5"],
+            "ConfigError: the command line: model.template='phi5' must be",
+        ),
         (without_tokenizer, "ConfigError: neither model.tokenizer nor model.backbone"),
     ):
         assert preprocess(changed) == 2
