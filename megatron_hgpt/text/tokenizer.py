@@ -165,10 +165,10 @@ def _read_bos_token(folder: Path) -> str | None:
 
 def vocabulary_of(description: dict[str, Any]) -> dict[str, int]:
     """Every entry and its id, added tokens included; `description` as `read_tokenizer` gives it."""
-    from tokenizers import Tokenizer
-
-    entries: dict[str, int] = Tokenizer.from_str(json.dumps(description)).get_vocab(with_added_tokens=True)
-    return entries
+    pieces = description["model"]["vocab"]
+    if isinstance(pieces, list):  # a unigram model: (piece, score) in the order of the ids
+        pieces = {piece: index for index, (piece, _) in enumerate(pieces)}
+    return {**pieces, **{token["content"]: token["id"] for token in description["added_tokens"]}}
 
 
 def _without_dummy_space(description: dict[str, Any]) -> dict[str, Any]:

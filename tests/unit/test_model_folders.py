@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Phi3Config, Qwen2Config
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump, load_config, read_config
@@ -91,6 +91,22 @@ def test_a_nested_clip_configuration_and_its_defaults(folders: Path, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {"model_type": "sig"}}))
     with pytest.raises(ConfigError, match=r"model\.vision\.tower: .*config\.json describes a 'sig'"):
         load_resolved(folders / "run.yaml", [f"model.vision.tower={tmp_path}"])
+
+
+@pytest.mark.parametrize("preset", ["healthgpt_m3", "healthgpt_l14", "healthgpt_xl32", "smollm2"])
+def test_a_preset_agrees_with_the_folders_that_it_describes(preset: str, tmp_path: Path) -> None:
+    """config.json as this transformers writes it, with other keys for the same thing than the preset's."""
+    model = load_config(preset=preset).model
+    kind = {"Phi3ForCausalLM": Phi3Config, "Qwen2ForCausalLM": Qwen2Config, "LlamaForCausalLM": LlamaConfig}
+    architecture = model.hf_config["architectures"][0]
+    kind[architecture](**{**model.hf_config, "pad_token_id": None}).save_pretrained(tmp_path / "lm")
+    CLIPVisionConfig(**model.vision.hf_config).save_pretrained(tmp_path / "clip")
+    written = json.loads((tmp_path / "lm" / "config.json").read_text())
+    assert "rope_theta" in written.get("rope_parameters", written)
+    folders = [f"model.backbone={tmp_path / 'lm'}", f"model.vision.tower={tmp_path / 'clip'}"]
+    resolved = load_resolved(None, [*folders, "model.tokenizer=absent"], preset).model
+    assert resolved.hf_config == written
+    assert resolved.vocabulary.text_size == model.vocabulary.text_size
 
 
 WRONG: dict[str, Callable[[Path], str]] = {

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.text.tokenizer import TextTokenizer
+from megatron_hgpt.text.tokenizer import TextTokenizer, read_tokenizer, vocabulary_of
 
 SENTENCEPIECE_CONTROL = ["<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 BPE_CONTROL = ["<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|endoftext|>", "<tool_call>"]
@@ -59,6 +59,16 @@ def test_bos_and_sizes(sentencepiece: TextTokenizer, bpe: TextTokenizer) -> None
     assert bpe.bos_id is None  # it names a BOS token but starts no sequence with it
     assert bpe.vocab_size == bpe.token_id("<tool_call>") + 1
     assert sentencepiece.decode([1, *sentencepiece.encode("yes"), sentencepiece.vocab_size + 5, -200]) == "yes"
+
+
+@pytest.mark.parametrize("family", ["sentencepiece_folder", "bpe_folder"])
+def test_the_vocabulary_is_the_library_s(family: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(family)
+    description, _ = read_tokenizer(folder)
+    assert vocabulary_of(description) == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    assert 1 + max(vocabulary_of(description).values()) == TextTokenizer.load(folder).vocab_size
+    unigram = {"model": {"vocab": [["<unk>", 0.0], ["a", -1.0]]}, "added_tokens": [{"content": "<s>", "id": 2}]}
+    assert vocabulary_of(unigram) == {"<unk>": 0, "a": 1, "<s>": 2}
 
 
 def test_hash_follows_what_decides_the_ids(sentencepiece_folder: Path, tmp_path: Path) -> None:
