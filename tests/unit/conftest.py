@@ -10,9 +10,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_hgpt.config_io import load_config
 from megatron_hgpt.data.preprocess_run import preprocess_run
 from megatron_hgpt.demo.tokenizers import DEFAULT_TEXTS, make_tiny_tokenizer
+from megatron_hgpt.model_folders import load_resolved
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
 
@@ -73,5 +73,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": {"stage": "stage1_comprehension", "num_steps": 2, "global_batch_size": 2, "precision": "fp32"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    preprocess_run(load_config(folder / "run.yaml"), [folder / "records.jsonl"], folder / "data")
+    preprocess_run(load_resolved(folder / "run.yaml"), [folder / "records.jsonl"], folder / "data")
     return folder / "run.yaml"

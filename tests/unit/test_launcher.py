@@ -63,7 +63,7 @@ def test_torchrun_starts_it_as_written() -> None:
 MISTAKES = {
     "a wrong key": (["training.sed=1"], "did you mean training.seed?"),
     "a wrong value": (["training.seed=x"], "training.seed='x'"),
-    "a missing folder": (["training.num_steps=1", "model.backbone=nowhere"], "nowhere"),
+    "a missing folder": (["data.train=[nowhere]"], "data.train: nowhere"),
 }
 
 
@@ -72,15 +72,15 @@ def test_help() -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_from_the_launcher(mistake: str) -> None:
+def test_a_mistake_is_one_line_from_the_launcher(mistake: str, tiny_run: Path) -> None:
     arguments, message = MISTAKES[mistake]
-    done = run("bash", LAUNCHER, "--config", CONFIG, *arguments)
+    done = run("bash", LAUNCHER, "--config", tiny_run, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_of_rank_0_under_torchrun(mistake: str) -> None:
+def test_a_mistake_is_one_line_of_rank_0_under_torchrun(mistake: str, tiny_run: Path) -> None:
     """torchrun itself then reports the failed process, which its children cannot prevent, and ends with the message.
 
     It raises ChildFailedError for every exit status but 0, in its own process and outside of any hook: what a child
@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line_of_rank_0_under_torchrun(mistake: str) -> None:
     """
     arguments, message = MISTAKES[mistake]
     done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "examples/pretrain_hgpt.sh", "--config", CONFIG, *arguments)  # fmt: skip
+               "examples/pretrain_hgpt.sh", "--config", tiny_run, *arguments)  # fmt: skip
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     assert message in lines[0] and not lines[0].startswith("rank"), done.stderr
