@@ -212,10 +212,8 @@ def test_the_readme_s_configuration_is_valid() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
     values = yaml.safe_load(block)
-    overrides = [
-        f"{k}={yaml.safe_dump(v, default_flow_style=True).strip()}" for k, v in values.items() if k != "preset"
-    ]
-    # Without the folders that it names, a preset says what they would.
+    overrides = [f"{k}={yaml.safe_dump(v, default_flow_style=True).strip()}" for k, v in values.items()]
+    # The sizes that a user's folders would say are the preset's here.
     run = load_config(None, [override.removesuffix("\n...") for override in overrides], "healthgpt_m3")
     validate(run, 8, check_paths=False)
     assert run.training.stage == "stage3_comprehension"
