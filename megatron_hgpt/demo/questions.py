@@ -187,7 +187,7 @@ def training_questions(facts: Mapping[str, Mapping[str, str]], rng: random.Rando
 def evaluation_questions(
     facts: Mapping[str, Mapping[str, str]], rng: random.Random, *, held_out_wordings: bool = False
 ) -> list[dict[str, Any]]:
-    """Each attribute of each picture once openly and once for yes or no, in training's wordings or the held-out ones."""
+    """Each attribute of each picture once openly and once for yes or no, in training's wordings or held-out ones."""
     opened = {name: its.held_out_open if held_out_wordings else its.open for name, its in QUESTIONS.items()}
     closed = {name: its.held_out_closed if held_out_wordings else its.closed for name, its in QUESTIONS.items()}
     return _questions(facts, rng, lambda attribute: [rng.choice(opened[attribute])], closed)
