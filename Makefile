@@ -14,7 +14,8 @@ TIMED = @start=$$(date +%s); trap 'echo "took $$(( $$(date +%s) - start )) s"' E
 .PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-deepspeed test-gpu lint clean
 
 help:
-	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images (about 12 minutes)"
+	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images: figures, a report,"
+	@echo "                    and what to do next (12 minutes on 2 cores, of which 1.5 to install)"
 	@echo "make demo-smollm2   the same on SmolLM2-135M, a real language model (long on a CPU)"
 	@echo "make test           set up, then run the tests (about 15 minutes on 2 cores)"
 	@echo "make test-slow      the tests that make test leaves out"
@@ -39,7 +40,7 @@ $(STAMP): setup.py constraints.txt
 demo: demo-tiny
 
 demo-tiny: venv
-	$(TIMED) echo "== demo: build data and models, three training stages (2 processes), evaluation, report"; \
+	$(TIMED) echo "== demo: build data and models, three training stages (2 processes), evaluation, report; 10 minutes on 2 cores"; \
 	$(PYTHON) tools/run_demo.py --backbone tiny
 
 demo-smollm2: venv

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
     parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="of image paths (default: each file's)")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="training file: its most frequent answers are scored beside"
+    )
     parser.add_argument("--max-vqa", type=frame.at_least(0), metavar="N", help="questions per split at most")
     parser.add_argument("--max-images", type=frame.at_least(0), metavar="N", help="pictures per split at most")
     parser.add_argument(
@@ -45,17 +48,21 @@ def run(arguments: argparse.Namespace) -> None:
     splits = {name or Path(path).stem: Path(path) for name, _, path in (i.rpartition("=") for i in arguments.data)}
     for file in splits.values():
         frame.require_file(file, "--data")
+    train: Path | None = arguments.baseline
+    if train is not None:
+        frame.require_file(train, "--baseline")
     from megatron_hgpt import distributed
-    from megatron_hgpt.evaluation.runner import evaluate
+    from megatron_hgpt.evaluation.runner import evaluate, majority_baseline
     from megatron_hgpt.evaluation.store import save_results
     from megatron_hgpt.inference.loading import load_run
 
+    baseline = majority_baseline(train, arguments.image_root or train.parent) if train else None
     loaded = load_run(arguments.checkpoint, overrides=arguments.overrides)
     try:
         for split, file in splits.items():
             results = evaluate(
                 loaded, file, arguments.image_root or file.parent, max_vqa=arguments.max_vqa,
-                max_images=arguments.max_images, max_new_tokens=arguments.max_new_tokens,
+                max_images=arguments.max_images, max_new_tokens=arguments.max_new_tokens, baseline=baseline,
             )  # fmt: skip
             if results is not None:
                 summary = save_results(arguments.output / split, vqa=results[0], images=results[1], split=split)

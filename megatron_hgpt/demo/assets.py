@@ -97,7 +97,9 @@ def build_dataset(folder: Path, *, seed: int) -> None:
     from megatron_hgpt.demo.mini_vl_health import build_mini_vl_health
 
     packages = {name: _version(name) for name in ("pydicom", "nibabel", "scikit-image", "pillow")}
-    code = _code(*(f"megatron_hgpt.demo.{module}" for module in ("mini_vl_health", "mini_sources", "mini_volumes")))
+    code = _code(
+        *(f"megatron_hgpt.demo.{module}" for module in ("mini_vl_health", "mini_sources", "mini_volumes", "questions"))
+    )
     with step("dataset", folder, {"seed": seed, "packages": packages, "code": code}) as target:
         if target is not None:
             for split, numbers in build_mini_vl_health(target, seed=seed).items():
@@ -121,11 +123,15 @@ def build_tiny_backbone(folder: Path, *, text_vocab_size: int, seed: int) -> Non
     """Random Phi-3-shaped backbone of 4 layers and 128 channels."""
     from megatron_hgpt.demo.checkpoints import write_tiny_phi3
 
-    settings = {**TINY_BACKBONE, "initializer_range": TINY_INITIALIZER_RANGE, "text_vocab_size": text_vocab_size}
+    settings: dict[str, Any] = {
+        **TINY_BACKBONE,
+        "initializer_range": TINY_INITIALIZER_RANGE,
+        "text_vocab_size": text_vocab_size,
+    }
     inputs = {**settings, "seed": seed, "code": _code("megatron_hgpt.demo.checkpoints")}
     with step("backbone", folder, inputs) as target:
         if target is not None:
-            write_tiny_phi3(target, seed=seed, **settings)  # type: ignore[arg-type]
+            write_tiny_phi3(target, seed=seed, **settings)
 
 
 def build_smollm2_backbone(folder: Path) -> None:
@@ -153,11 +159,12 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
     from PIL import Image
 
     from megatron_hgpt.vision import vqgan_training
+    from megatron_hgpt.vl_health.vqgan_pictures import Progress
 
     card = json.loads((dataset / "sources.json").read_text())
     files = [dataset / picture["image"] for picture in card["pictures"] if picture["split"] == "train"]
     code = _code(*(f"megatron_hgpt.vision.{module}" for module in ("vqgan_training", "vqgan", "vqgan_blocks")))
-    settings = {
+    settings: dict[str, Any] = {
         "resolution": VQGAN["resolution"],
         "num_codes": VQGAN["num_codes"],
         "num_steps": num_steps,
@@ -167,8 +174,23 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
     with step("vqgan", folder, inputs) as target:
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]
-            figures = vqgan_training.train_vqgan(images, target, **settings)  # type: ignore[arg-type]
+            progress = Progress(num_steps, lambda line: say(f"  {line}"))
+            with _one_thread():
+                figures = vqgan_training.train_vqgan(images, target, progress=progress, **settings)
             say(f"  round trip {figures['psnr']:.1f} dB, {figures['codes_used']:.0f} codes used")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """In layers as small as these a second thread waits more than it works, above all where cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _text_vocab_size(folder: Path) -> int:
@@ -215,6 +237,7 @@ def build_assets(
         **VQGAN,
         "train": f"{dataset.name}/train.json",
         "test": f"{dataset.name}/test.json",
+        "wordings": f"{dataset.name}/wordings.json",
         "seed": seed,
     }
     write_atomic(output / "assets.json", json.dumps(assets, indent=1) + "\n")

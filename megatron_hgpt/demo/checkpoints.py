@@ -6,6 +6,7 @@ All of them are local and deterministic; the global random state is left as it w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,91 +15,84 @@ import torch
 from megatron_hgpt.errors import CheckpointError
 
 
-def write_tiny_phi3(
-    folder: Path,
-    *,
-    text_vocab_size: int,
-    hidden_size: int = 128,
-    num_layers: int = 4,
-    num_heads: int = 4,
-    num_kv_heads: int = 4,
-    ffn: int = 256,
-    seed: int = 0,
-    max_position: int = 2048,
-    rope_theta: float = 10000.0,
-    initializer_range: float = 0.02,
-    sliding_window: int | None = None,
-    bos_token_id: int = 1,
-    eos_token_id: int = 2,
-) -> None:
+@dataclass(kw_only=True, slots=True)
+class TinyDecoder:
+    """Shape of a small random language model of any family; the defaults are the demo's size."""
+
+    text_vocab_size: int
+    """Rows of the embedding and of the head."""
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    ffn: int = 256
+    """Hidden units of the gated MLP."""
+    max_position: int = 2048
+    """Tokens."""
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    """Standard deviation of all matrices. A head that stays frozen bounds the logits by
+    `initializer_range * hidden_size`: adapters cannot learn at 0.02 with 128 channels, and can at 0.1."""
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def fields(self) -> dict[str, Any]:
+        """The configuration fields that Phi-3, Llama and Qwen2 share, by transformers' names; the head is untied."""
+        return {
+            "vocab_size": self.text_vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "max_position_embeddings": self.max_position,
+            "initializer_range": self.initializer_range,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": False,
+        }
+
+
+def write_tiny_phi3(folder: Path, *, seed: int = 0, sliding_window: int | None = None, **shape: Any) -> None:
     """Write a random `Phi3ForCausalLM` (fused QKV and gate-up, untied head).
 
     Args:
         folder: gets config.json, generation_config.json and model.safetensors.
-        text_vocab_size: rows of the embedding and of the head.
-        ffn: hidden units of the gated MLP.
-        initializer_range: standard deviation of all matrices. A head that stays frozen bounds the logits by
-            `initializer_range * hidden_size`: adapters cannot learn at 0.02 with 128 channels, and can at 0.1.
         sliding_window: attention window in tokens; None attends to everything.
+        shape: fields of `TinyDecoder`.
     """
     from transformers import Phi3Config, Phi3ForCausalLM
 
+    decoder = TinyDecoder(**shape)
     config = Phi3Config(
-        sliding_window=sliding_window,
-        original_max_position_embeddings=max_position,
-        **_decoder_fields(locals()),
+        sliding_window=sliding_window, original_max_position_embeddings=decoder.max_position, **decoder.fields()
     )
     _save(folder, lambda: Phi3ForCausalLM(config), seed)
 
 
-def write_tiny_llama(
-    folder: Path,
-    *,
-    text_vocab_size: int,
-    hidden_size: int = 128,
-    num_layers: int = 4,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    ffn: int = 256,
-    seed: int = 0,
-    max_position: int = 2048,
-    initializer_range: float = 0.02,
-    bos_token_id: int = 1,
-    eos_token_id: int = 2,
-) -> None:
+def write_tiny_llama(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, **shape: Any) -> None:
     """Write a random `LlamaForCausalLM` (separate projections, grouped queries, untied head); see `write_tiny_phi3`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_decoder_fields(locals()))
+    config = LlamaConfig(**TinyDecoder(num_kv_heads=num_kv_heads, **shape).fields())
     _save(folder, lambda: LlamaForCausalLM(config), seed)
 
 
-def write_tiny_qwen2(
-    folder: Path,
-    *,
-    text_vocab_size: int,
-    hidden_size: int = 128,
-    num_layers: int = 4,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    ffn: int = 256,
-    seed: int = 0,
-    max_position: int = 2048,
-    initializer_range: float = 0.02,
-    bos_token_id: int = 1,
-    eos_token_id: int = 2,
-) -> None:
+def write_tiny_qwen2(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, **shape: Any) -> None:
     """Write a random `Qwen2ForCausalLM` (QKV bias, grouped queries, untied head); see `write_tiny_phi3`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**_decoder_fields(locals()))
+    decoder = TinyDecoder(num_kv_heads=num_kv_heads, **shape)
+    config = Qwen2Config(**decoder.fields())
 
     def build() -> torch.nn.Module:
         model = Qwen2ForCausalLM(config)
         with torch.no_grad():  # transformers starts biases at zero, where a converter that drops them goes unseen
             for name, parameter in model.named_parameters():
                 if name.endswith("_proj.bias"):
-                    parameter.normal_(std=initializer_range)
+                    parameter.normal_(std=decoder.initializer_range)
         return model
 
     _save(folder, build, seed)
@@ -149,25 +143,6 @@ def write_tiny_clip(
 
 
 _POSITION_EMBEDDING = "embeddings.position_embedding.weight"
-
-
-def _decoder_fields(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Configuration fields that Phi-3, Llama and Qwen2 share, from a writer's arguments."""
-    return {
-        "vocab_size": arguments["text_vocab_size"],
-        "hidden_size": arguments["hidden_size"],
-        "intermediate_size": arguments["ffn"],
-        "num_hidden_layers": arguments["num_layers"],
-        "num_attention_heads": arguments["num_heads"],
-        "num_key_value_heads": arguments["num_kv_heads"],
-        "max_position_embeddings": arguments["max_position"],
-        "initializer_range": arguments["initializer_range"],
-        "bos_token_id": arguments["bos_token_id"],
-        "eos_token_id": arguments["eos_token_id"],
-        "pad_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": arguments.get("rope_theta", 10000.0)},
-        "tie_word_embeddings": False,
-    }
 
 
 def _save(folder: Path, build: Callable[[], Any], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Mini VL-Health: a few hundred real samples from pictures inside installed packages, in upstream's JSON schema.
+"""Mini VL-Health: two thousand samples from 160 real pictures inside installed packages, in upstream's JSON schema.
 
 It is a demonstration and a test bed, not a benchmark. Answers state what a file's metadata or its package's
 documentation says (modality, plane, body part, sequence …), never a finding. Its held-out pictures come from the same
@@ -8,6 +8,7 @@ Folder written by `build_mini_vl_health`:
 
     images/0007.png      pixels only; images/0007_x4.png is the same picture at a quarter of the size
     train.json test.json records {"id", "image", "conversations", ...}; generation records add "task" and "target_image"
+    wordings.json        training pictures asked in wordings that train.json and test.json do not have
     sources.json         the card: packages, licences, evidence, every picture's origin and split, statistics
 """
 
@@ -27,9 +28,9 @@ from PIL import Image
 
 from megatron_hgpt.demo.mini_sources import Picture, dicom_pictures, photograph_pictures
 from megatron_hgpt.demo.mini_volumes import volume_pictures
+from megatron_hgpt.demo.questions import conversation, evaluation_questions, training_questions
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.files import write_atomic
-from megatron_hgpt.samples import IMAGE_PLACEHOLDER
 
 SPLITS = ("train", "test")
 CARD_NAME = "sources.json"
@@ -57,44 +58,6 @@ _CONVERSION_PAIRS = (
     (("anatomical/axial", 12), ("functional/axial", 1)),
     (("anatomical/axial", 16), ("functional/axial", 2)),
 )
-
-# attribute -> (open questions, closed questions)
-_QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "modality": (
-        (
-            "What imaging modality is shown?",
-            "Which modality was used to acquire this image?",
-            "What type of medical image is this?",
-        ),
-        ("Was this image acquired with {}?", "Is {} the modality of this image?"),
-    ),
-    "plane": (
-        ("In which plane was this slice taken?", "What is the orientation of this slice?", "Which plane is shown?"),
-        ("Is this slice in the {} plane?", "Is the orientation of this slice {}?"),
-    ),
-    "body_part": (
-        ("Which body part or object does the image show?", "What is shown in this image?"),
-        ("Does this image show {}?", "Is {} shown in this image?"),
-    ),
-    "sequence": (
-        ("Which MRI sequence was used?", "What is the pulse sequence of this MRI?"),
-        ("Was a {} sequence used for this MRI?",),
-    ),
-    "purpose": (
-        ("Is this an anatomical or a functional MRI?", "Which kind of MRI is this, anatomical or functional?"),
-        ("Is this MRI {}?",),
-    ),
-    "application": (
-        ("For which application was this ultrasound image acquired?",),
-        ("Is {} the application of this ultrasound image?",),
-    ),
-    "stain": (("How was this tissue stained?",), ()),
-    "study": (("Which nuclear medicine study is this?",), ()),
-}
-_ARTICLES = {"brain": "the", "head": "the", "abdomen": "the", "whole body": "the", "retina": "the", "colon": "the",
-             "single cell": "a", "phantom": "a"}  # fmt: skip
-_OVERLAPPING = frozenset({"brain", "head"})
-"""Values that may both be true of one picture: never a wrong answer for each other."""
 
 _PROMPTS = {
     "reconstruction": "Reconstruct the image.",
@@ -129,10 +92,16 @@ def build_mini_vl_health(folder: Path, *, seed: int = 0, num_super_resolution: i
     for split in SPLITS:
         members = [index for index in range(len(pictures)) if splits[index] == split]
         limit = num_super_resolution if split == "train" else len(members)
-        questions = _questions(pictures, members, names, random.Random(f"{seed}/{split}"))
+        facts = {names[index]: pictures[index].facts for index in members}
+        ask = training_questions if split == "train" else evaluation_questions
+        questions = ask(facts, random.Random(f"{seed}/{split}"))
         images = _generation(folder, pictures, members, names, limit)
         records[split] = _with_ids(split, questions + images)
         write_atomic(folder / f"{split}.json", json.dumps(records[split], indent=1) + "\n")
+        if split == "train":
+            unseen = evaluation_questions(facts, random.Random(f"{seed}/wordings"), held_out_wordings=True)
+            unseen = _with_ids("wordings", unseen)
+            write_atomic(folder / "wordings.json", json.dumps(unseen, indent=1) + "\n")
     statistics = _statistics(pictures, splits, records)
     write_atomic(folder / CARD_NAME, json.dumps(_card(pictures, splits, names, statistics, seed), indent=1) + "\n")
     return statistics
@@ -190,61 +159,6 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _phrase(attribute: str, value: str) -> str:
-    return f"{_ARTICLES[value]} {value}" if attribute == "body_part" else value
-
-
-def _questions(
-    pictures: list[Picture], members: list[int], names: list[str], rng: random.Random
-) -> list[dict[str, Any]]:
-    """An open question per picture, its attribute rotating from the rarest; a closed one for every second picture.
-
-    Among the closed questions of one attribute, yes and no alternate.
-    """
-    frequency = Counter(fact for index in members for fact in pictures[index].facts.items())
-    turns: Counter[str] = Counter()
-    affirm: dict[str, bool] = defaultdict(lambda: True)
-    records = []
-    for index in members:
-        facts = pictures[index].facts
-        kind = str(facts)
-        attributes = sorted(facts, key=lambda name: frequency[name, facts[name]])
-        turn = turns[kind]
-        turns[kind] += 1
-        attribute = attributes[turn % len(attributes)]
-        question = rng.choice(_QUESTIONS[attribute][0])
-        records.append(_conversation(names[index], question, facts[attribute], answer_type="open"))
-        closable = [name for name in attributes if _wrong_values(pictures, members, name, facts[name])]
-        if turn % 2 or not closable:
-            continue
-        attribute = closable[(turn // 2) % len(closable)]
-        truth = affirm[attribute]
-        affirm[attribute] = not truth
-        value = facts[attribute] if truth else rng.choice(_wrong_values(pictures, members, attribute, facts[attribute]))
-        question = rng.choice(_QUESTIONS[attribute][1]).format(_phrase(attribute, value))
-        records.append(_conversation(names[index], question, "yes" if truth else "no", answer_type="closed"))
-    return records
-
-
-def _wrong_values(pictures: list[Picture], members: list[int], attribute: str, value: str) -> list[str]:
-    """True values of the other pictures, each as often as it occurs; empty where no closed question can be asked."""
-    if not _QUESTIONS[attribute][1]:
-        return []
-    values = (pictures[index].facts.get(attribute) for index in members)
-    return [other for other in values if other is not None and other != value and not {other, value} <= _OVERLAPPING]
-
-
-def _conversation(image: str, prompt: str, answer: str, **fields: str) -> dict[str, Any]:
-    return {
-        "image": image,
-        "conversations": [
-            {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
-            {"from": "gpt", "value": answer},
-        ],
-        **fields,
-    }
-
-
 def _generation(
     folder: Path, pictures: list[Picture], members: list[int], names: list[str], num_super_resolution: int
 ) -> list[dict[str, Any]]:
@@ -252,7 +166,7 @@ def _generation(
     records = []
 
     def add(kind: str, image: str, target: str) -> None:
-        records.append(_conversation(image, _PROMPTS[kind], "", task="generation", target_image=target, kind=kind))
+        records.append(conversation(image, _PROMPTS[kind], "", task="generation", target_image=target, kind=kind))
 
     for turn, index in enumerate(members):
         if turn % 4 != 3:

@@ -20,16 +20,17 @@ import yaml
 
 from megatron_hgpt.config_io import dump, load_config
 from megatron_hgpt.demo.assets import build_assets, say
+from megatron_hgpt.demo.questions import EXAMPLE_QUESTION
+from megatron_hgpt.demo.summary import example, next_steps, results_table
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.evaluation.image import summarise_images
-from megatron_hgpt.evaluation.store import load_results
-from megatron_hgpt.evaluation.vqa import summarise_vqa
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.report.page import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: the demo runs its commands and takes its configurations from there."""
 STAGES = ("stage1", "stage2", "stage3")
+SPLITS = {"train": "train", "held-out-pictures": "test", "held-out-wordings": "wordings"}
+"""Name of an evaluated split -> its file's name among the assets."""
 
 
 class StepError(HealthGPTError):
@@ -45,16 +46,17 @@ def announce(text: str) -> None:
     say(f"\n== {text}")
 
 
-def call(command: list[str], **environment: str) -> None:
+def call(command: list[str], *, stdout: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a step's command from the checkout, with variables added to the environment.
 
     Raises:
         StepError: it failed; it has printed its own message.
     """
     settings = [f"{name}={value}" for name, value in environment.items()]
-    result = subprocess.run(["env", *settings, *command], cwd=ROOT)
+    result = subprocess.run(["env", *settings, *command], cwd=ROOT, stdout=stdout, text=True)
     if result.returncode:
         raise StepError(command, result.returncode)
+    return result
 
 
 def model_section(assets: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder:
         call([sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_vl_health.py"),
              "--config", str(stage_config),
              "--input", str(source), "--image-root", str(source.parent), "--output", str(target), "--overwrite",
-             "--workers", "2"])  # fmt: skip
+             "--workers", "2"], OMP_NUM_THREADS="1")  # fmt: skip
 
 
 def train(config: Path, overrides: list[str]) -> None:
@@ -117,16 +119,25 @@ def train(config: Path, overrides: list[str]) -> None:
 def evaluate(
     output: Path, assets: dict[str, Any], folder: Path, *, max_vqa: int | None, max_images: int | None
 ) -> None:
-    """Both splits with the last stage's model; every core holds a whole model and a share of the samples."""
+    """All splits with the last stage's model; every core holds a whole model and a share of the samples."""
     processes = min(2, os.cpu_count() or 1)
     limits = [
         f"--{name}={value}" for name, value in (("max-vqa", max_vqa), ("max-images", max_images)) if value is not None
     ]
+    data = [option for split, name in SPLITS.items() for option in ("--data", f"{split}={folder / assets[name]}")]
     call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
          str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"),
-         "--output", str(output / "evaluation"),
-         "--data", f"train={folder / assets['train']}", "--data", f"held-out={folder / assets['test']}", *limits],
+         "--output", str(output / "evaluation"), "--baseline", str(folder / assets["train"]), *data, *limits],
+        stdout=subprocess.DEVNULL,
         OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONPATH=str(ROOT))  # fmt: skip
+
+
+def ask(output: Path, image: Path, question: str) -> str:
+    """One question through the command that a user has for it."""
+    result = call([sys.executable, str(ROOT / "tools" / "generate.py"), "--checkpoint", str(output / "stage3"),
+                   "--image", str(image), "--question", question], stdout=subprocess.PIPE,
+                  OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")  # fmt: skip
+    return result.stdout.strip()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,8 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--output", type=Path, help="default: runs/demo (runs/demo-smollm2)")
     parser.add_argument("--vqgan-steps", type=int, default=500, help="optimizer steps of the VQGAN")
-    parser.add_argument("--max-vqa", type=int, help="questions evaluated per split at most")
-    parser.add_argument("--max-images", type=int, help="pictures evaluated per split at most")
+    parser.add_argument("--max-vqa", type=int, default=120, help="questions evaluated per split at most")
+    parser.add_argument("--max-images", type=int, default=40, help="pictures evaluated per split at most")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every stage's configuration")
 
 
@@ -166,25 +177,25 @@ def _run(arguments: argparse.Namespace) -> None:
     for i, stage in enumerate(STAGES):
         announce(f"{3 + i}/6 training {stage} (TensorBoard: {output / stage / 'tensorboard'})")
         train(configs[stage], arguments.overrides)
-    announce("6/6 evaluation and report")
+    announce("6/6 evaluation: training data, held-out pictures, held-out wordings; report")
     evaluate(output, assets, folder, max_vqa=arguments.max_vqa, max_images=arguments.max_images)
+    folders = {split.replace("out-", "out "): output / "evaluation" / split for split in SPLITS}
     write_report(
         output / "report.html",
         runs=[output / stage for stage in STAGES],
-        evaluations={split: output / "evaluation" / split for split in ("train", "held-out")},
+        evaluations=folders,
         title="HealthGPT demo",
         notes={
             "Backbone": arguments.backbone,
             "Wall time": f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores",
         },
     )
-    print_summary(output)
-    say(f"\nreport: {output / 'report.html'}\nwall time: {time.monotonic() - started:.0f} s")
-
-
-def print_summary(output: Path) -> None:
-    """The headline figures of both splits."""
-    for split in ("train", "held-out"):
-        results = load_results(output / "evaluation" / split)
-        say(f"\n{split}")
-        say(json.dumps({"vqa": summarise_vqa(results.vqa), "images": summarise_images(results.images)}, indent=1))
+    image, modality = example((folder / assets["test"]).parent)
+    announce("one question about a held-out picture")
+    say(f"picture    {image}\nquestion   {EXAMPLE_QUESTION}\nanswer     {ask(output, image, EXAMPLE_QUESTION)}")
+    say(f"expected   {modality}")
+    announce("results of the trained model")
+    say(results_table(folders))
+    announce("what to do next")
+    say(next_steps(output, image))
+    say(f"\nwall time: {time.monotonic() - started:.0f} s")

@@ -19,6 +19,8 @@ class VQAResult:
     given: str
     question_type: str = ""
     """As the data set states it (modality, plane …); empty falls back to the first word of the question."""
+    baseline: str = ""
+    """The most frequent training answer to questions of this type; empty where no training file was named."""
 
 
 @dataclass(kw_only=True, slots=True)

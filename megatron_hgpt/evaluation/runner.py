@@ -6,7 +6,7 @@ Samples are split over data-parallel ranks; rank 0 gathers, in file order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 
 from megatron_hgpt.errors import SkipSample
 from megatron_hgpt.evaluation.results import ImageResult, VQAResult
+from megatron_hgpt.evaluation.vqa import majority_answers, question_type
 from megatron_hgpt.inference.generator import Prompt
 from megatron_hgpt.inference.loading import LoadedRun
 from megatron_hgpt.samples import Sample, Task
@@ -36,8 +37,24 @@ def read_samples(path: Path, image_root: Path) -> tuple[list[Sample], dict[str, 
     return samples, skipped
 
 
-def answer_samples(run: LoadedRun, samples: Iterable[Sample], *, max_new_tokens: int) -> list[VQAResult]:
-    """Ask the first question of each conversation greedily."""
+def majority_baseline(path: Path, image_root: Path) -> dict[str, str]:
+    """Question type -> the most frequent answer in a training file, which evaluation reports beside the model's."""
+    samples, _ = read_samples(path, image_root)
+    return majority_answers(
+        (_question_type(sample), sample.turns[1].text.strip())
+        for sample in samples
+        if sample.task is Task.COMPREHENSION
+    )
+
+
+def _question_type(sample: Sample) -> str:
+    return question_type(sample.turns[0].text, str(sample.metadata.get("question_type", "")))
+
+
+def answer_samples(
+    run: LoadedRun, samples: Iterable[Sample], *, max_new_tokens: int, baseline: Mapping[str, str] | None = None
+) -> list[VQAResult]:
+    """Ask the first question of each conversation greedily; `baseline` is that of `majority_baseline`."""
     samples = list(samples)
     prompts = [
         Prompt(task=Task.COMPREHENSION, question=sample.turns[0].text, images=list(sample.images)) for sample in samples
@@ -51,6 +68,7 @@ def answer_samples(run: LoadedRun, samples: Iterable[Sample], *, max_new_tokens:
             expected=sample.turns[1].text.strip(),
             given=answer,
             question_type=str(sample.metadata.get("question_type", "")),
+            baseline=(baseline or {}).get(_question_type(sample), ""),
         )
         for sample, answer in zip(samples, given, strict=True)
     ]
@@ -91,6 +109,7 @@ def evaluate(
     max_vqa: int | None = None,
     max_images: int | None = None,
     max_new_tokens: int = 64,
+    baseline: Mapping[str, str] | None = None,
 ) -> tuple[list[VQAResult], list[ImageResult]] | None:
     """All results in file order on rank 0, None on the others.
 
@@ -100,13 +119,14 @@ def evaluate(
         image_root: folder its image paths are relative to.
         max_vqa, max_images: at most so many of each, evenly spaced over the file; None takes all.
         max_new_tokens: limit of one answer, tokens.
+        baseline: question type -> answer of a guesser who never looks (`majority_baseline`); None leaves it out.
     """
     samples, _ = read_samples(path, image_root)
     limits = {Task.COMPREHENSION: max_vqa, Task.GENERATION: max_images}
     chosen = {task: _evenly([s for s in samples if s.task is task], limit) for task, limit in limits.items()}
     rank, size = run.context.dp_rank, run.context.dp_size
     mine: tuple[list[Any], list[Any]] = (
-        answer_samples(run, chosen[Task.COMPREHENSION][rank::size], max_new_tokens=max_new_tokens),
+        answer_samples(run, chosen[Task.COMPREHENSION][rank::size], max_new_tokens=max_new_tokens, baseline=baseline),
         draw_samples(run, chosen[Task.GENERATION][rank::size]),
     )
     if run.context.world_size == 1:

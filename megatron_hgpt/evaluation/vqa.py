@@ -14,6 +14,8 @@ Scores
     closed accuracy  the first word of the given answer is the reference ("yes, there is" counts for "yes").
     open recall      share of the reference's words (with multiplicity) that the given answer holds.
     open token F1    harmonic mean of that recall and the share of the given answer's words in the reference.
+    baseline         exact match of whoever never looks and gives each question the most frequent training answer to
+                     questions of its type.
 
 Every figure is a plain mean over questions, between 0 and 1, and None where there is no question of that kind.
 """
@@ -23,7 +25,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_hgpt.evaluation.results import VQAResult
@@ -70,10 +72,18 @@ def recall_and_f1(expected: str, given: str) -> tuple[float, float]:
     return common / reference.total(), 2 * common / (reference.total() + answer.total())
 
 
-def question_type(result: VQAResult) -> str:
+def question_type(question: str, stated: str) -> str:
     """The type the data set states, else the first word of the question ("what", "is", …)."""
-    words = normalise_answer(result.question.replace("<image>", " ")).split()
-    return result.question_type or (words[0] if words else "(empty)")
+    words = normalise_answer(question.replace("<image>", " ")).split()
+    return stated or (words[0] if words else "(empty)")
+
+
+def majority_answers(asked: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The most frequent answer of each question type, from (type, answer) pairs; the first of equals."""
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    for kind, answer in asked:
+        by_type[kind][answer] += 1
+    return {kind: answers.most_common(1)[0][0] for kind, answers in by_type.items()}
 
 
 def summarise_vqa(results: Sequence[VQAResult]) -> dict[str, Any]:
@@ -81,26 +91,35 @@ def summarise_vqa(results: Sequence[VQAResult]) -> dict[str, Any]:
 
     Returns:
         num_questions, num_closed, num_open, exact_match, closed_accuracy, open_exact_match, open_recall,
-        open_token_f1, and by_question_type: type -> {num_questions, exact_match}.
+        open_token_f1, baseline_exact_match (None unless every question has a baseline answer), and by_question_type:
+        type -> {num_questions, exact_match, baseline_exact_match}.
     """
     closed = [r for r in results if is_closed(r.expected)]
     opened = [r for r in results if not is_closed(r.expected)]
     words = [recall_and_f1(r.expected, r.given) for r in opened]
-    by_type: dict[str, list[float]] = defaultdict(list)
+    by_type: dict[str, list[VQAResult]] = defaultdict(list)
     for result in results:
-        by_type[question_type(result)].append(is_exact_match(result.expected, result.given))
+        by_type[question_type(result.question, result.question_type)].append(result)
     return {
         "num_questions": len(results),
         "num_closed": len(closed),
         "num_open": len(opened),
-        "exact_match": _mean([is_exact_match(r.expected, r.given) for r in results]),
+        **_against_baseline(results),
         "closed_accuracy": _mean([is_closed_correct(r.expected, r.given) for r in closed]),
         "open_exact_match": _mean([is_exact_match(r.expected, r.given) for r in opened]),
         "open_recall": _mean([recall for recall, _ in words]),
         "open_token_f1": _mean([f1 for _, f1 in words]),
         "by_question_type": {
-            name: {"num_questions": len(hits), "exact_match": _mean(hits)} for name, hits in sorted(by_type.items())
+            name: {"num_questions": len(its), **_against_baseline(its)} for name, its in sorted(by_type.items())
         },
+    }
+
+
+def _against_baseline(results: Sequence[VQAResult]) -> dict[str, float | None]:
+    guessed = [is_exact_match(r.expected, r.baseline) for r in results if r.baseline]
+    return {
+        "exact_match": _mean([is_exact_match(r.expected, r.given) for r in results]),
+        "baseline_exact_match": _mean(guessed) if len(guessed) == len(results) else None,
     }
 
 

@@ -197,8 +197,24 @@ def _median_grad_norm(metrics: Iterable[Mapping[str, Any]]) -> float | None:
 def _answers(summaries: Mapping[str, Any], splits: Mapping[str, Evaluation]) -> str:
     if not summaries:
         return "<p>No questions were evaluated.</p>"
-    head = ["Split", "Questions", "Exact match", "Closed accuracy", "Open exact match", "Open recall", "Open F1"]
-    fields = ("exact_match", "closed_accuracy", "open_exact_match", "open_recall", "open_token_f1")
+    head = [
+        "Split",
+        "Questions",
+        "Exact match",
+        "Baseline",
+        "Closed accuracy",
+        "Open exact match",
+        "Open recall",
+        "Open F1",
+    ]
+    fields = (
+        "exact_match",
+        "baseline_exact_match",
+        "closed_accuracy",
+        "open_exact_match",
+        "open_recall",
+        "open_token_f1",
+    )
     rows = [[n, f"{s['num_questions']:,}", *(_number(s[f], ".1%") for f in fields)] for n, s in summaries.items()]
     types = sorted({name for s in summaries.values() for name in s["by_question_type"]})
     by_type = _table(
@@ -208,13 +224,18 @@ def _answers(summaries: Mapping[str, Any], splits: Mapping[str, Evaluation]) -> 
     lists = "".join(_question_list(name, splits[name].vqa) for name in summaries)
     return (
         f"{_table(head, rows)}<p class='soft'>Exact match compares lower-case answers without punctuation and "
-        "articles. Closed questions are those with a yes or no as reference.</p>"
+        "articles. The baseline never looks: it gives every question the most frequent training answer to questions of "
+        "its type. Closed questions are those with a yes or no as reference.</p>"
         f"<details><summary>Exact match by question type</summary>{by_type}</details>{lists}"
     )
 
 
 def _type_cell(summary: Mapping[str, Any] | None) -> str:
-    return f"{summary['exact_match']:.1%} ({summary['num_questions']})" if summary else "–"
+    if not summary:
+        return "–"
+    baseline = summary["baseline_exact_match"]
+    beside = "" if baseline is None else f"; baseline {baseline:.1%}"
+    return f"{summary['exact_match']:.1%} ({summary['num_questions']}{beside})"
 
 
 def _question_list(name: str, results: Sequence[VQAResult]) -> str:

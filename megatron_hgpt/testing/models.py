@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ def write_backbone(folder: Path, family: str = "phi3", num_layers: int = 2) -> P
     """A tiny random backbone folder; heads and KV heads allow TP 1, 2 and 4."""
     from megatron_hgpt.demo import checkpoints
 
-    write = {"phi3": checkpoints.write_tiny_phi3, "llama": checkpoints.write_tiny_llama}[family]
-    write(
+    writers: dict[str, Callable[..., None]] = {
+        "phi3": checkpoints.write_tiny_phi3,
+        "llama": checkpoints.write_tiny_llama,
+    }
+    writers[family](
         folder, text_vocab_size=TEXT_SIZE, hidden_size=64, num_layers=num_layers, num_heads=4, num_kv_heads=4, ffn=96,
         initializer_range=0.1,
     )  # fmt: skip

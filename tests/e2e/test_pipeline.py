@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,15 +37,34 @@ def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of a demo of three steps per stage."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Output folder of a demo of three steps per stage, and what it printed."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    run(
+    result = run(
         sys.executable, ROOT / "tools" / "run_demo.py", "--output", output, "--vqgan-steps", "4", "--max-vqa", "6",
         "--max-images", "3", "training.num_steps=3", "logging.sample_images_interval_steps=3",
         "logging.num_sample_images=2", *SMALL,
     )  # fmt: skip
-    return output
+    return output, result.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(finished: tuple[Path, str]) -> Path:
+    return finished[0]
+
+
+def test_the_demo_ends_with_its_figures_and_what_to_do_next(finished: tuple[Path, str]) -> None:
+    output, printed = finished
+    assert "question   What is the modality of this image?" in printed
+    (expected,) = re.findall(r"^expected   (.+)$", printed, re.M)
+    assert expected in ("CT", "MRI", "ultrasound", "microscopy", "fundus photography", "nuclear medicine")
+    table = printed.split("== results of the trained model\n")[1].split("\n\n")[0].splitlines()
+    assert [re.split(r"  +", line)[0] for line in table[1:4]] == ["train", "held-out pictures", "held-out wordings"]
+    assert all(re.search(r"%\s+[\d.]+%", line) for line in table[1:4]), "each figure stands beside its baseline"
+    commands = re.findall(r"^(?:ask|draw) +(.*)$", printed.split("== what to do next\n")[1], re.M)
+    assert len(commands) == 2 and all(str(output.name) in command for command in commands)
+    assert "docs/guide.md" in printed
+    assert "{" not in printed.split("== 6/6")[1], "figures, not JSON"
 
 
 def test_every_step_leaves_its_result(demo: Path) -> None:
@@ -55,10 +75,11 @@ def test_every_step_leaves_its_result(demo: Path) -> None:
         assert list((demo / stage / "tensorboard").glob("events*"))
         assert json.loads((demo / stage / "summary.json").read_text())["steps"] == 3
     assert len(list((demo / "stage3" / "samples").rglob("*.png"))) == 2
-    for split in ("train", "held-out"):
+    for split in ("train", "held-out-pictures", "held-out-wordings"):
         results = json.loads((demo / "evaluation" / split / "results.json").read_text())
         assert len(results["vqa"]) == 6
-        assert len(results["images"]) == 3
+        assert len(results["images"]) == (0 if split == "held-out-wordings" else 3)
+        assert results["summary"]["vqa"]["baseline_exact_match"] is not None
     html = (demo / "report.html").read_text()
     assert html.count("<img") > 9
     assert "stage3" in html
@@ -104,7 +125,8 @@ def test_one_question_and_one_picture(demo: Path, tmp_path: Path) -> None:
     records = json.loads((demo / "assets" / "vl_health_mini" / "test.json").read_text())
     image = demo / "assets" / "vl_health_mini" / records[0]["image"]
     generate = [sys.executable, ROOT / "tools" / "generate.py", "--checkpoint", demo / "stage3", "--image", image]
-    run(*generate, "--question", "What is the modality?", "--max-new-tokens", "4")
+    answer = run(*generate, "--question", "What is the modality?", "--max-new-tokens", "4")
+    assert answer.stdout.count("\n") == 1, "the answer alone"
     run(*generate, "--question", "Reconstruct the image.", "--draw", tmp_path / "out.png", "--temperature", "1")
     from PIL import Image
 
@@ -139,7 +161,8 @@ def test_the_slurm_script_starts_a_run_on_two_nodes(demo: Path, tmp_path: Path) 
     commands = tmp_path / "bin"
     commands.mkdir()
     # Backgrounded tasks and their statuses, which is what srun does with one task per node.
-    srun = '#!/bin/bash\n[ "$1" = --kill-on-bad-exit=1 ] || exit 9\nshift\n"$@" & first=$!\n"$@" & second=$!\n'
+    srun = '#!/bin/bash\n[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=4" ] || exit 9\nshift 2\n'
+    srun += '"$@" & first=$!\n"$@" & second=$!\n'
     (commands / "srun").write_text(srun + "wait $first && wait $second\n")
     (commands / "scontrol").write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.2\\nx\\n"\n'
@@ -148,7 +171,8 @@ def test_the_slurm_script_starts_a_run_on_two_nodes(demo: Path, tmp_path: Path) 
         command.chmod(0o755)
     slurm = {
         "PATH": f"{commands}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17", "MASTER_PORT": str(free_port()),
+        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17",
+        "SLURM_CPUS_PER_TASK": "4", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     result = subprocess.run(
         [

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_slurm_starts_one_torchrun_per_node(tmp_path: Path) -> None:
     """Stand-ins for Slurm's commands: what srun would run."""
     for name, body in {
         "scontrol": "printf 'node-a\\nnode-b\\n'",
-        "srun": 'printf "%s\\n" "$@"',
+        "srun": 'printf "%s\\n" "$@" "GRACE=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -201,10 +202,38 @@ def test_slurm_starts_one_torchrun_per_node(tmp_path: Path) -> None:
     script = Path(shutil.copy(ROOT / "examples" / "slurm" / "pretrain_hgpt.sbatch", tmp_path / "slurm_script"))
     result = run("bash", script, "--config", "x.yaml", "a.b=c", cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}",
                  SLURM_JOB_NODELIST="node-[a-b]", SLURM_NNODES="2", SLURM_JOB_ID="42", SLURM_GPUS_ON_NODE="8",
-                 SLURM_SUBMIT_DIR=str(ROOT))  # fmt: skip
-    command = result.stdout.splitlines()
+                 SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="64")  # fmt: skip
+    *command, grace = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
+    assert command[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=64"]
     for option, value in {"--nnodes": "2", "--nproc-per-node": "8", "--rdzv-id": "42",
                           "--rdzv-endpoint": "node-a:29500"}.items():  # fmt: skip
         assert command[command.index(option) + 1] == value
     assert command[-4:] == [str(LAUNCHER), "--config", "x.yaml", "a.b=c"]
+    settings = (ROOT / "examples" / "slurm" / "pretrain_hgpt.sbatch").read_text(encoding="utf-8")
+    (notice_s,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", settings, re.M)
+    assert 120 <= int(grace.removeprefix("GRACE=")) < int(notice_s)
+    assert "\n#SBATCH --open-mode=append\n" in settings, "a requeued job would overwrite its log"
+
+
+@pytest.mark.parametrize(("grace_s", "saved"), [("1", False), ("60", True)])
+def test_torchrun_waits_as_long_as_the_slurm_script_tells_it(grace_s: str, saved: bool, tmp_path: Path) -> None:
+    """A process that needs 3 s to save after SIGTERM lives exactly where TORCH_ELASTIC_SHUTDOWN_TIMEOUT allows it."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def save(*_):\n    time.sleep(3)\n    (folder / 'saved').touch()\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n(folder / 'ready').touch()\n"
+        "while True:\n    time.sleep(0.1)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(script)]
+    environment = {**ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace_s}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as torchrun:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "ready").exists():
+            assert torchrun.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        torchrun.send_signal(signal.SIGTERM)
+        torchrun.wait(timeout=100)
+    assert (tmp_path / "saved").exists() is saved

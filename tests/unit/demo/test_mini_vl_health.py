@@ -14,6 +14,8 @@ from PIL import Image
 
 from megatron_hgpt.demo import mini_sources
 from megatron_hgpt.demo import mini_vl_health as mini
+from megatron_hgpt.demo.questions import EXAMPLE_QUESTION, OPEN_PER_ATTRIBUTE, QUESTIONS, phrase
+from megatron_hgpt.demo.summary import example
 from megatron_hgpt.errors import DataError
 
 pydicom = pytest.importorskip("pydicom")
@@ -46,7 +48,8 @@ def test_size_is_what_the_demo_needs(card: dict[str, Any]) -> None:
     train, test = card["statistics"]["train"], card["statistics"]["test"]
     assert 90 <= train["pictures"] <= 140
     assert 0.10 <= test["pictures"] / (train["pictures"] + test["pictures"]) <= 0.20
-    assert 180 <= sum(train["comprehension"].values()) <= 240
+    assert 1000 <= sum(train["comprehension"].values()) <= 2000
+    assert 60 <= sum(test["comprehension"].values()) <= 120
     assert train["generation"]["reconstruction"] >= 90 and train["generation"]["super_resolution"] == 40
 
 
@@ -112,14 +115,25 @@ def _asked(question: str, facts: dict[str, dict[str, str]]) -> list[tuple[str, s
     closed = [
         (name, value)
         for name, value in values
-        if text in [template.format(mini._phrase(name, value)) for template in mini._QUESTIONS[name][1]]
+        if text in [w.format(phrase(name, value)) for w in _wordings(name, "closed")]
     ]
-    return closed + [(name, None) for name, (templates, _) in mini._QUESTIONS.items() if text in templates]
+    return closed + [(name, None) for name in QUESTIONS if text in _wordings(name, "open")]
 
 
-def test_answers_are_the_facts_of_the_picture(records: dict[str, list[dict[str, Any]]], card: dict[str, Any]) -> None:
+def _wordings(name: str, kind: str) -> list[str]:
+    return [*getattr(QUESTIONS[name], kind), *getattr(QUESTIONS[name], f"held_out_{kind}")]
+
+
+@pytest.fixture(scope="module")
+def unseen(dataset: Path) -> list[dict[str, Any]]:
+    return json.loads((dataset / "wordings.json").read_text())
+
+
+def test_answers_are_the_facts_of_the_picture(
+    records: dict[str, list[dict[str, Any]]], unseen: list[dict[str, Any]], card: dict[str, Any]
+) -> None:
     facts, meaning = _facts(card), {}
-    for record in records["train"] + records["test"]:
+    for record in records["train"] + records["test"] + unseen:
         question, answer = (turn["value"] for turn in record["conversations"])
         if "answer_type" in record:
             if question not in meaning:
@@ -127,6 +141,7 @@ def test_answers_are_the_facts_of_the_picture(records: dict[str, list[dict[str, 
             attribute, value = meaning[question]
             fact = facts[record["image"]][attribute]
             assert answer == (fact if value is None else "yes" if value == fact else "no"), record
+            assert record["question_type"] == (attribute if value is None else f"{attribute}, yes or no")
 
 
 def test_rare_facts_are_asked_for(records: dict[str, list[dict[str, Any]]]) -> None:
@@ -149,8 +164,7 @@ def test_closed_answers_are_balanced_and_not_readable_from_the_question(
 ) -> None:
     closed = [record for record in records["train"] if record.get("answer_type") == "closed"]
     answers = Counter(record["conversations"][1]["value"] for record in closed)
-    # per attribute yes and no alternate, so each of the 6 closable attributes is off by one at most
-    assert abs(answers["yes"] - answers["no"]) <= 6
+    assert abs(answers["yes"] - answers["no"]) <= 6  # they alternate within each of the 6 closable attributes
     by_question: dict[str, Counter[str]] = {}
     for record in closed:
         question, answer = (turn["value"] for turn in record["conversations"])
@@ -158,6 +172,22 @@ def test_closed_answers_are_balanced_and_not_readable_from_the_question(
     guessed = sum(max(counter.values()) for counter in by_question.values() if sum(counter.values()) > 3)
     repeated = sum(sum(counter.values()) for counter in by_question.values() if sum(counter.values()) > 3)
     assert guessed / repeated < 0.85  # 1.0 would mean that the text alone decides
+
+
+def test_a_picture_is_asked_in_several_wordings_and_some_are_never_trained(
+    records: dict[str, list[dict[str, Any]]], unseen: list[dict[str, Any]]
+) -> None:
+    asked = {record["conversations"][0]["value"] for record in records["train"]}
+    assert f"<image>\n{EXAMPLE_QUESTION}" in asked
+    assert not asked & {record["conversations"][0]["value"] for record in unseen}
+    assert {r["image"] for r in unseen} <= {r["image"] for r in records["train"]}
+    opened = [r for r in records["train"] if r.get("answer_type") == "open"]
+    per_attribute = Counter((r["image"], r["question_type"]) for r in opened)
+    common = ("modality", "plane", "body_part")
+    for (_, attribute), number in per_attribute.items():
+        assert number == (OPEN_PER_ATTRIBUTE if attribute in common else len(QUESTIONS[attribute].open)), attribute
+    test = {r["conversations"][0]["value"] for r in records["test"] if r.get("answer_type") == "open"}
+    assert test <= asked  # so that a held-out picture tests the picture, not the wording
 
 
 def test_one_answer_per_image_and_question(records: dict[str, list[dict[str, Any]]]) -> None:
@@ -243,6 +273,13 @@ def test_conversion_pairs_show_the_same_place(card: dict[str, Any], records: dic
             assert np.allclose(affine[2, :2], 0)  # axial slices are level
             heights.append(affine[2, 2] * index + affine[2, 3])
         assert heights[0] == heights[1]
+
+
+def test_the_readme_asks_what_the_demo_asks(dataset: Path) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    image, _ = example(dataset)
+    assert f"vl_health_mini/images/{image.name} " in readme
+    assert readme.split('--question "')[1].startswith(EXAMPLE_QUESTION), "README's first question"
 
 
 def test_missing_package_and_file_are_named() -> None:

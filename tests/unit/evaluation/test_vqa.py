@@ -7,6 +7,7 @@ from megatron_hgpt.evaluation.vqa import (
     is_closed,
     is_closed_correct,
     is_exact_match,
+    majority_answers,
     normalise_answer,
     question_type,
     recall_and_f1,
@@ -77,14 +78,15 @@ def test_summary_by_hand() -> None:
         "num_closed": 2,
         "num_open": 2,
         "exact_match": 0.5,
+        "baseline_exact_match": None,
         "closed_accuracy": 1.0,
         "open_exact_match": 0.5,
         "open_recall": 0.75,
         "open_token_f1": pytest.approx((1 + 2 / 3) / 2),
         "by_question_type": {
-            "is": {"num_questions": 2, "exact_match": 0.5},
-            "modality": {"num_questions": 1, "exact_match": 1.0},
-            "organ": {"num_questions": 1, "exact_match": 0.0},
+            "is": {"num_questions": 2, "exact_match": 0.5, "baseline_exact_match": None},
+            "modality": {"num_questions": 1, "exact_match": 1.0, "baseline_exact_match": None},
+            "organ": {"num_questions": 1, "exact_match": 0.0, "baseline_exact_match": None},
         },
     }
 
@@ -92,4 +94,23 @@ def test_summary_by_hand() -> None:
 def test_no_questions_give_no_figures() -> None:
     summary = summarise_vqa([])
     assert summary["num_questions"] == 0 and summary["exact_match"] is None and summary["by_question_type"] == {}
-    assert question_type(_result("<image>", "x", "x")) == "(empty)"
+    assert question_type("<image>", "") == "(empty)"
+    assert summary["baseline_exact_match"] is None
+
+
+def test_the_baseline_is_the_most_frequent_training_answer_of_the_type() -> None:
+    baseline = majority_answers([("plane", "axial"), ("plane", "coronal"), ("plane", "axial"), ("is", "no")])
+    assert baseline == {"plane": "axial", "is": "no"}
+    assert majority_answers([("plane", "coronal"), ("plane", "axial")]) == {"plane": "coronal"}, "the first of equals"
+    results = [
+        _result("Which plane?", "Axial.", "coronal", "plane"),
+        _result("Which plane?", "coronal", "coronal", "plane"),
+        _result("Is it?", "yes", "yes"),
+    ]
+    for result in results:
+        result.baseline = baseline[question_type(result.question, result.question_type)]
+    summary = summarise_vqa(results)
+    assert summary["exact_match"] == pytest.approx(2 / 3) and summary["baseline_exact_match"] == pytest.approx(1 / 3)
+    assert summary["by_question_type"]["plane"]["baseline_exact_match"] == 0.5
+    results[0].baseline = ""
+    assert summarise_vqa(results)["baseline_exact_match"] is None, "a share of some questions compares with nothing"

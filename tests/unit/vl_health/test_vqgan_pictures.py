@@ -1,0 +1,91 @@
+"""A VQGAN of a user's own pictures: what is found, what is skipped, what is measured, what the tool says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_hgpt.errors import ConfigError, DataError
+from megatron_hgpt.vision.vqgan import VQGAN
+from megatron_hgpt.vl_health.vqgan_pictures import picture_files, read_pictures, round_trip_psnr, train_on_pictures
+
+TOOL = Path(__file__).parents[3] / "tools" / "train_vqgan.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty small ramps in two folders, a text file, and a picture that is none."""
+    pictures = tmp_path / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    ramp = np.mgrid[0:16, 0:16][0] * 8
+    for i in range(20):
+        pixels = np.repeat((np.rot90(ramp, i % 4) + 5 * i)[..., None], 3, axis=2).astype(np.uint8)
+        Image.fromarray(pixels).save(pictures / ("sub" if i % 2 else ".") / f"{i:02d}.png")
+    (pictures / "notes.txt").write_text("no picture")
+    (pictures / "broken.JPG").write_bytes(b"not a picture")
+    return pictures
+
+
+def test_folders_and_records_name_their_pictures(folder: Path, tmp_path: Path) -> None:
+    assert len(picture_files([folder])) == 21
+    records = [
+        {"id": "a", "image": "pictures/00.png", "conversations": []},
+        {"id": "b", "image": ["pictures/02.png", "pictures/00.png"], "target_image": "pictures/04.png"},
+        {"id": "c", "conversations": []},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    expected = [folder / name for name in ("00.png", "02.png", "04.png")]
+    assert picture_files([tmp_path / "train.json"]) == expected
+    assert picture_files([tmp_path / "train.json", folder], tmp_path) == picture_files([folder])
+
+
+def test_no_pictures_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist; name a folder"):
+        picture_files([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no picture in .*empty"):
+        picture_files([tmp_path / "empty"])
+    with pytest.raises(DataError, match="none of 1 pictures can be read.*broken"):
+        read_pictures([folder / "broken.JPG"], 16)
+    with pytest.raises(ConfigError, match="resolution=20"):
+        train_on_pictures([folder], tmp_path / "v", resolution=20)
+
+
+def test_every_tenth_picture_is_held_out_and_measured(folder: Path, tmp_path: Path) -> None:
+    result = train_on_pictures([folder], tmp_path / "vqgan", resolution=16, num_codes=16, num_steps=4)
+    assert (result["num_pictures"], result["num_held_out"], result["num_skipped"]) == (18, 2, 1)
+    # the broken file is the 11th of the sorted files and takes no place among the pictures
+    files = [file for file in picture_files([folder]) if file.name != "broken.JPG"]
+    held_out = read_pictures([files[9], files[19]], 16).images
+    assert result["held_out_psnr"] == pytest.approx(round_trip_psnr(VQGAN.load(tmp_path / "vqgan"), held_out))
+
+
+def test_a_handful_is_too_few_to_hold_any_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "few pictures").mkdir()
+    for name in ("00.png", "02.png"):
+        (tmp_path / "few pictures" / name).write_bytes((folder / name).read_bytes())
+    few = train_on_pictures([tmp_path / "few pictures"], tmp_path / "few", resolution=16, num_codes=4, num_steps=2)
+    assert few["num_held_out"] == 0 and np.isnan(few["held_out_psnr"])
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_tool_reports_what_it_did(folder: Path, tmp_path: Path) -> None:
+    small = ["--resolution", "16", "--num-codes", "16", "--steps", "3"]
+    result = _run("--images", folder, "--output", tmp_path / "vqgan", *small)
+    assert result.returncode == 0, result.stderr
+    assert "18 training pictures" in result.stdout and "2 held-out ones, 1 skipped" in result.stdout
+    assert "model.vq.num_codes=16 model.vq.num_indices=4" in result.stdout
+    assert "step 3/3: loss" in result.stderr and "broken.JPG" in result.stderr
+    assert (VQGAN.load(tmp_path / "vqgan").num_codes, VQGAN.load(tmp_path / "vqgan").num_indices) == (16, 4)
+    again = _run("--images", folder, "--output", tmp_path / "vqgan", *small)
+    assert again.returncode == 2 and "is not empty" in again.stderr and "Traceback" not in again.stderr
