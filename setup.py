@@ -54,7 +54,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_hgpt", "megatron_hgpt.*"]),
-    package_data={"megatron_hgpt": ["presets/*.yaml"]},
+    entry_points={"console_scripts": ["hgpt = megatron_hgpt.cli:main"]},
+    package_data={"megatron_hgpt": ["presets/*.yaml", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

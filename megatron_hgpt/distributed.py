@@ -1,4 +1,4 @@
-"""Process groups, device and seeds: the only module that reads torchrun's environment."""
+"""Process groups, device and seeds; with `environment` the only modules that read torchrun's environment."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import ParallelConfig
+from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +36,6 @@ class DistributedContext:
     def is_writer(self) -> bool:
         """True on exactly one process: the one that logs and writes metrics."""
         return self.rank == 0
-
-
-def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_environment() -> int:
-    """Global rank of this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> DistributedContext:

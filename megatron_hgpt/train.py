@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from megatron_hgpt.backbone.implementation import describe_choice, sequence_mult
 from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
+from megatron_hgpt.environment import world_size_from_environment
 from megatron_hgpt.hooks import PathParameters, SampleImages
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.stages import resolve_stage
@@ -32,7 +35,7 @@ def main(config: RunConfig) -> None:
     Raises:
         ConfigError, CheckpointError, DataError: bad input, before any training work is lost.
     """
-    validate(config, distributed.world_size_from_environment())
+    validate(config, world_size_from_environment())
     stage = resolve_stage(config.training)
     context = distributed.initialize(config.parallel, config.training.seed)
     _configure_logging(context.is_writer)
@@ -163,3 +166,18 @@ def _configure_logging(is_writer: bool) -> None:
     transformers_logging.disable_progress_bar()  # every rank would draw one for the tower's few weights
     # It announces at every start, as warnings, that its optional machinery is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+
+
+class _CallableModule(types.ModuleType):
+    """This module, as the function of the same name that ``from megatron_hgpt import train`` promises.
+
+    A package's attribute is bound to a submodule as soon as anything imports it, so a function of a submodule's name
+    would be there or not depending on who imported what before.
+    """
+
+    def __call__(self, config: RunConfig) -> None:
+        """`main`."""
+        self.main(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_hgpt.samples import IMAGE_PLACEHOLDER
 
 OPEN_PER_ATTRIBUTE = 3
-"""Wordings in which one attribute of a training picture is asked openly; also asked once for yes and once for no."""
+"""Wordings in which a common attribute of a training picture is asked openly; a rare one is asked in all of them."""
+RARE_SHARE = 0.3
+"""Share of the pictures that have an attribute, below which it is rare."""
 EXAMPLE_QUESTION = "What is the modality of this image?"
 """README's first example, which the demo asks at its end."""
 
@@ -88,6 +90,8 @@ QUESTIONS: dict[str, Wordings] = {
             "What is the pulse sequence of this MRI?",
             "What sequence is this MRI?",
             "Name the MRI sequence.",
+            "Which sequence is this MRI?",
+            "What is the MRI sequence?",
         ),
         closed=("Was a {} sequence used for this MRI?", "Is the sequence of this MRI {}?"),
         held_out_open=("Which pulse sequence was used?", "What is the sequence of this MRI?"),
@@ -98,6 +102,7 @@ QUESTIONS: dict[str, Wordings] = {
             "Is this an anatomical or a functional MRI?",
             "Which kind of MRI is this, anatomical or functional?",
             "Is this MRI anatomical or functional?",
+            "Is the MRI anatomical or functional?",
         ),
         closed=("Is this MRI {}?", "Is this kind of MRI {}?"),
         held_out_open=("Which kind of MRI is shown, anatomical or functional?",),
@@ -108,6 +113,9 @@ QUESTIONS: dict[str, Wordings] = {
             "For which application was this ultrasound image acquired?",
             "What is the application of this ultrasound image?",
             "Which application is this ultrasound image for?",
+            "What is the application?",
+            "Name the application of this ultrasound image.",
+            "Which application is this?",
         ),
         closed=(
             "Is {} the application of this ultrasound image?",
@@ -117,7 +125,13 @@ QUESTIONS: dict[str, Wordings] = {
         held_out_closed=("Was {} the application of this ultrasound image?",),
     ),
     "stain": Wordings(
-        open=("How was this tissue stained?", "Which stain was used?", "What is the stain of this tissue?"),
+        open=(
+            "How was this tissue stained?",
+            "Which stain was used?",
+            "What is the stain of this tissue?",
+            "Name the stain of this tissue.",
+            "What stain is this?",
+        ),
         held_out_open=("What stain was used for this tissue?",),
     ),
     "study": Wordings(
@@ -125,6 +139,9 @@ QUESTIONS: dict[str, Wordings] = {
             "Which nuclear medicine study is this?",
             "What study is this?",
             "Name the nuclear medicine study.",
+            "What nuclear medicine study is this?",
+            "Which study is shown?",
+            "What is the study?",
         ),
         held_out_open=("What nuclear medicine study is shown?",),
     ),
@@ -153,41 +170,45 @@ def conversation(image: str, prompt: str, answer: str, **fields: str) -> dict[st
 
 
 def training_questions(facts: Mapping[str, Mapping[str, str]], rng: random.Random) -> list[dict[str, Any]]:
-    """Each attribute of each picture in `OPEN_PER_ATTRIBUTE` wordings, once with yes and once with no as the answer.
+    """Each attribute of each picture in several wordings, and once for yes or no.
 
     Args:
         facts: picture name -> attribute -> value.
     """
-    records = []
-    for image, attribute, value in _triples(facts):
-        wordings = QUESTIONS[attribute]
-        number = min(OPEN_PER_ATTRIBUTE, len(wordings.open))
-        records += [_open(image, attribute, value, w) for w in rng.sample(wordings.open, number)]
-        for truth in (True, False):
-            records += _closed(facts, image, attribute, truth, wordings.closed, rng)
-    return records
+
+    def wordings(attribute: str) -> Sequence[str]:
+        every = QUESTIONS[attribute].open
+        is_rare = len(_values(facts, attribute)) < RARE_SHARE * len(facts)
+        return every if is_rare else rng.sample(every, OPEN_PER_ATTRIBUTE)
+
+    return _questions(facts, rng, wordings, {name: its.closed for name, its in QUESTIONS.items()})
 
 
 def evaluation_questions(
     facts: Mapping[str, Mapping[str, str]], rng: random.Random, *, held_out_wordings: bool = False
 ) -> list[dict[str, Any]]:
-    """Each attribute of each picture once openly and once closed; yes and no alternate within an attribute."""
+    """Each attribute of each picture once openly and once for yes or no, in training's wordings or held-out ones."""
+    opened = {name: its.held_out_open if held_out_wordings else its.open for name, its in QUESTIONS.items()}
+    closed = {name: its.held_out_closed if held_out_wordings else its.closed for name, its in QUESTIONS.items()}
+    return _questions(facts, rng, lambda attribute: [rng.choice(opened[attribute])], closed)
+
+
+def _questions(
+    facts: Mapping[str, Mapping[str, str]],
+    rng: random.Random,
+    opened: Callable[[str], Sequence[str]],
+    closed: Mapping[str, Sequence[str]],
+) -> list[dict[str, Any]]:
+    """Open questions in the wordings of `opened`, and a closed one; yes and no alternate within an attribute."""
     records = []
     affirm: dict[str, bool] = defaultdict(lambda: True)
-    for image, attribute, value in _triples(facts):
-        wordings = QUESTIONS[attribute]
-        opened, closed = wordings.open, wordings.closed
-        if held_out_wordings:
-            opened, closed = wordings.held_out_open, wordings.held_out_closed
-        records.append(_open(image, attribute, value, rng.choice(opened)))
-        asked = _closed(facts, image, attribute, affirm[attribute], closed, rng)
-        records += asked
-        affirm[attribute] ^= bool(asked)
+    for image, its in facts.items():
+        for attribute, value in its.items():
+            records += [_open(image, attribute, value, wording) for wording in opened(attribute)]
+            asked = _closed(facts, image, attribute, affirm[attribute], closed[attribute], rng)
+            records += asked
+            affirm[attribute] ^= bool(asked)
     return records
-
-
-def _triples(facts: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:
-    return [(image, attribute, value) for image, its in facts.items() for attribute, value in its.items()]
 
 
 def _open(image: str, attribute: str, value: str, wording: str) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder:
         ):
             say(f"{target}: up to date, skipped")
             continue
-        call([sys.executable, "-W", "ignore", str(ROOT / "tools" / "preprocess_vl_health.py"),
+        call([sys.executable, str(ROOT / "tools" / "preprocess_vl_health.py"),
              "--config", str(stage_config),
              "--input", str(source), "--image-root", str(source.parent), "--output", str(target), "--overwrite",
              "--workers", "2"], OMP_NUM_THREADS="1")  # fmt: skip
@@ -113,7 +113,7 @@ def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder:
 def train(config: Path, overrides: list[str]) -> None:
     """One stage through the launcher that users have."""
     call(["bash", str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(config), *overrides],
-        PYTHON=sys.executable, PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
+        PYTHON=sys.executable)  # fmt: skip
 
 
 def evaluate(
@@ -129,14 +129,14 @@ def evaluate(
          str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"),
          "--output", str(output / "evaluation"), "--baseline", str(folder / assets["train"]), *data, *limits],
         stdout=subprocess.DEVNULL,
-        OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", PYTHONPATH=str(ROOT))  # fmt: skip
+        OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # fmt: skip
 
 
 def ask(output: Path, image: Path, question: str) -> str:
     """One question through the command that a user has for it."""
     result = call([sys.executable, str(ROOT / "tools" / "generate.py"), "--checkpoint", str(output / "stage3"),
                    "--image", str(image), "--question", question], stdout=subprocess.PIPE,
-                  OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")  # fmt: skip
+                  OMP_NUM_THREADS="1")  # fmt: skip
     return result.stdout.strip()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hgpt import distributed
 from megatron_hgpt.config import ParallelConfig, RunConfig
+from megatron_hgpt.config_io import load_config
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.inference.generator import Generator
@@ -36,14 +38,14 @@ class LoadedRun:
         return self.vqgan
 
 
-def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None = None) -> LoadedRun:
+def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
     """Load the newest checkpoint of a run (or a given checkpoint folder) at any tensor-parallel size.
 
-    Processes beyond `tensor_parallel` are data-parallel replicas.
+    The layout that the run was trained with does not count: one process holds the model, or
+    `parallel.tensor_model_parallel_size` of them where the overrides say so. Others are data-parallel replicas.
 
     Args:
         run: run folder, or one ``step_*`` folder.
-        tensor_parallel: ranks that share the model.
         overrides: ``key=value`` for the stored configuration, e.g. a moved ``model.backbone``.
 
     Raises:
@@ -56,9 +58,9 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     from megatron_hgpt.checkpoint import load_weights, resolve_folder
     from megatron_hgpt.text.tokenizer import TextTokenizer
 
-    folder = resolve_folder(run)
-    config = load_resolved(folder / "resolved_config.yaml", overrides or [])
-    config.parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
+    folder = resolve_folder(Path(run))
+    config = load_resolved(folder / "resolved_config.yaml", overrides)
+    config.parallel = layout_of_overrides(overrides)
     context = distributed.initialize(config.parallel, config.training.seed)
     model = build_model(config, context.device)
     load_weights([model], config, [str(folder)])
@@ -73,3 +75,16 @@ def load_run(run: Path, *, tensor_parallel: int = 1, overrides: list[str] | None
     )
     vqgan = VQGAN.load(Path(config.model.vq.path), context.device) if config.model.vq.path else None
     return LoadedRun(config=config, context=context, generator=generator, vqgan=vqgan)
+
+
+def layout_of_overrides(overrides: Sequence[str]) -> ParallelConfig:
+    """The layout that the overrides name, whatever the run was trained with.
+
+    Raises:
+        ConfigError: pipeline stages or context ranks, which generation does not have.
+    """
+    asked = load_config(overrides=[item for item in overrides if item.startswith("parallel.")]).parallel
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(asked, name) != 1:
+            raise ConfigError(f"parallel.{name}={getattr(asked, name)}: a loaded run has every layer and token; set 1")
+    return ParallelConfig(tensor_model_parallel_size=asked.tensor_model_parallel_size)

@@ -17,7 +17,7 @@ from megatron_hgpt.rounding import round_up
 from megatron_hgpt.validation import validate
 
 _MIN_TOKENS_PER_CONTEXT_RANK = 1024
-"""Below it attention has too little work to hide the exchange of keys; only an explicit --context goes lower."""
+"""Below it attention has too little work to hide the exchange of keys; only a fixed context size goes lower."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -125,7 +125,9 @@ def _layout(request: PlanRequest, tensor: int, pipeline: int, context: int) -> L
     """
     cluster, num_layers = request.cluster, request.shape.num_layers
     if pipeline > num_layers:
-        raise ConfigError(f"--pipeline {pipeline} exceeds the {num_layers} layers of the backbone")
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size={pipeline} exceeds the {num_layers} layers of the backbone"
+        )
     if cluster.num_gpus % (tensor * pipeline * context):
         raise ConfigError(
             f"tensor {tensor} x pipeline {pipeline} x context {context} does not divide {cluster.num_gpus} GPUs"
@@ -142,11 +144,14 @@ def _layout(request: PlanRequest, tensor: int, pipeline: int, context: int) -> L
     validate(request.config_of(parallel), layout.world_size, check_paths=False)
     if sum(layout.layers_per_stage) != num_layers:
         raise ConfigError(
-            f"--first-layers {request.first_layers} and --last-layers {request.last_layers} do not leave equal "
-            f"stages of the {num_layers} layers at pipeline {pipeline}"
+            f"parallel.num_layers_in_first_pipeline_stage={request.first_layers} and "
+            f"num_layers_in_last_pipeline_stage={request.last_layers} do not leave equal stages of the {num_layers} "
+            f"layers at pipeline_model_parallel_size={pipeline}"
         )
     if cluster.node_size % tensor:
-        raise ConfigError(f"--tensor {tensor} does not divide the {cluster.node_size} GPUs of a node")
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={tensor} does not divide the {cluster.node_size} GPUs of a node"
+        )
     return layout
 
 

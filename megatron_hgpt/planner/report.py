@@ -83,22 +83,14 @@ def table(plan: Plan, *, top: int) -> str:
 
 
 def override_arguments(request: PlanRequest, plan: LayoutPlan) -> list[str]:
-    """The layout as ``key=value`` arguments of a training run."""
+    """The layout, and what the user asked beside it, as ``key=value`` arguments of a training run."""
     parallel = plan.layout.parallel_config(distributed_optimizer=request.distributed_optimizer)
     arguments = [
         f"parallel.{field.name}={str(value).lower()}"
         for field in dataclasses.fields(parallel)
         if (value := getattr(parallel, field.name)) != getattr(type(parallel)(), field.name)
     ]
-    return [*arguments, *_training_overrides(request)]
-
-
-def _training_overrides(request: PlanRequest) -> list[str]:
-    """What of precision and recomputation differs from the configuration that was read."""
-    asked = {"precision": request.precision, "recompute": request.recompute}
-    now = {"precision": request.config.training.precision, "recompute": request.config.training.recompute or "none"}
-    given = {"none": "null"}
-    return [f"training.{name}={given.get(value, value)}" for name, value in asked.items() if value != now[name]]
+    return [*arguments, *request.asked]
 
 
 def as_json(plan: Plan) -> Json:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_hgpt.backbone.implementation import LOCAL
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
@@ -19,6 +20,16 @@ from megatron_hgpt.validation import validate
 BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
 """Bytes of an activation and of a parameter; fp8 keeps both in bf16, with FP8 copies beside them."""
 FP32_BYTES = 4
+FIXED = {
+    "tensor": "tensor_model_parallel_size",
+    "pipeline": "pipeline_model_parallel_size",
+    "context": "context_parallel_size",
+    "virtual": "virtual_pipeline_model_parallel_size",
+    "first_layers": "num_layers_in_first_pipeline_stage",
+    "last_layers": "num_layers_in_last_pipeline_stage",
+    "distributed_optimizer": "use_distributed_optimizer",
+}
+"""What a request may fix of the layout -> the option of section `parallel` that a user names for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +61,15 @@ class PlanRequest:
     """One question to the planner.
 
     Attributes:
-        config: model, stage, micro and global batch size; its parallel section is ignored. Samples of
-            `model.max_seq_length` tokens, not packed.
+        config: model, stage, micro and global batch size; its parallel section is ignored (`fixed_sizes` reads what a
+            user names). Samples of `model.max_seq_length` tokens, not packed.
         precision: bf16, fp8 (GEMMs of the frozen linears in FP8) or fp32.
         recompute: none, selective (core attention) or full (every layer).
         supervised_tokens: supervised positions per sample, by task: all that head and loss work on.
         tensor, pipeline, context: fixed sizes; None tries every legal one.
         virtual: model chunks per pipeline stage.
         first_layers, last_layers: layers of the first and the last pipeline stage; None splits as equally as it goes.
+        asked: the user's ``key=value`` beside the layout, repeated with the recommended layout.
     """
 
     config: RunConfig
@@ -73,6 +85,7 @@ class PlanRequest:
     virtual: int = 1
     first_layers: int | None = None
     last_layers: int | None = None
+    asked: tuple[str, ...] = ()
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
@@ -81,12 +94,12 @@ class PlanRequest:
             ("recompute", self.recompute, ("none", "selective", "full")),
         ):
             if value not in allowed:
-                raise ConfigError(f"--{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+                raise ConfigError(f"training.{name}={value!r} is unknown; use one of {', '.join(allowed)}")
         if self.precision == "fp8" and self.cluster.gpu.fp8_tflops is None:
-            raise ConfigError(f"--precision fp8: {self.cluster.gpu_name} has no FP8 unit; use bf16")
+            raise ConfigError(f"training.precision=fp8: {self.cluster.gpu_name} has no FP8 unit; use bf16")
         for name in ("tensor", "pipeline", "context", "virtual"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name} {value} must be at least 1")
+                raise ConfigError(f"parallel.{FIXED[name]}={value} must be at least 1")
         if self.images_per_sample < 0:
             raise ConfigError(f"--images-per-sample {self.images_per_sample} must be at least 0")
         self._check_config()
@@ -104,8 +117,8 @@ class PlanRequest:
             raise ConfigError(f"engine.name={self.config.engine.name} is not planned for; set engine.name=megatron")
         if self.config.data.packing != "none":
             raise ConfigError(
-                f"data.packing={self.config.data.packing} is not planned for: set data.packing=none, and --seq-length "
-                "to the length of a packed row"
+                f"data.packing={self.config.data.packing} is not planned for: set data.packing=none, and "
+                "model.max_seq_length to the length of a packed row"
             )
         validate(self.config_of(ParallelConfig()), 1, check_paths=False)
 
@@ -174,3 +187,22 @@ def default_supervised_tokens(config: RunConfig) -> dict[Task, int]:
     sequence = config.model.max_seq_length
     counts = {Task.COMPREHENSION: 256, Task.GENERATION: config.model.vq.indices + 3}
     return {task: min(counts[task], sequence) for task in TASKS}
+
+
+def fixed_sizes(parallel: ParallelConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of a request that overrides fix; sizes that no override names are left to the search.
+
+    Args:
+        parallel: the section with the overrides in it.
+        overrides: ``key=value`` as the user gave them.
+
+    Raises:
+        ConfigError: the section as a whole; or sequence parallelism, which is on wherever the tensor size is above 1.
+    """
+    named = {item.partition("=")[0].strip().removeprefix("parallel.") for item in overrides}
+    if "parallel" in named:
+        raise ConfigError("parallel={…}: name the sizes that are fixed one by one, as parallel.context_parallel_size=2")
+    if "sequence_parallel" in named:
+        raise ConfigError("parallel.sequence_parallel is not searched: plans have it on at every tensor size above 1")
+    sizes = {ours: getattr(parallel, option) for ours, option in FIXED.items() if option in named}
+    return {ours: size for ours, size in sizes.items() if size is not None}

@@ -124,7 +124,7 @@ def test_every_command_runs(world: Path) -> None:
     if not hasattr(importlib.import_module("megatron_hgpt.cli"), "__path__"):
         pytest.skip("the command line is no package here")
     environment = {
-        **os.environ, "PYTHON": sys.executable, "ROOT": str(ROOT), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+        **os.environ, "PYTHON": sys.executable, "ROOT": str(ROOT), "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     printed = []

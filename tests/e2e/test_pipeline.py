@@ -22,7 +22,6 @@ ENVIRONMENT = {
     **os.environ,
     "PYTHON": sys.executable,
     "PYTHONPATH": str(ROOT),
-    "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
 }
 SMALL = ["training.micro_batch_size=2", "training.global_batch_size=4", "logging.interval_steps=1"]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "megatron_hgpt").rglob("*.py"))
 ENVIRONMENT_READERS = {
     "megatron_hgpt/distributed.py",
+    "megatron_hgpt/environment.py",
     "megatron_hgpt/cpu_platform.py",
     "megatron_hgpt/hooks/external.py",  # trackers read theirs when they are imported
 }

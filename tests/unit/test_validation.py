@@ -236,8 +236,8 @@ def test_a_dry_run_imports_no_megatron() -> None:
     import sys
 
     code = (
-        "import sys; from megatron_hgpt.cli import run; "
-        f"assert run(['--config', {str(CONFIGS / 'm3_stage2.yaml')!r}, '--dry-run']) == 0; "
+        "import sys; from megatron_hgpt.cli import main; "
+        f"assert main(['train', '--config', {str(CONFIGS / 'm3_stage2.yaml')!r}, '--dry-run']) == 0; "
         "import torch; assert not torch.distributed.is_initialized(); "
         "assert not [name for name in sys.modules if name.startswith(('megatron.core', 'transformers'))]"
     )

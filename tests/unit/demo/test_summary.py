@@ -32,18 +32,18 @@ def test_the_table_has_the_baseline_beside_each_figure(tmp_path: Path) -> None:
     assert len({len(line) for line in lines[:2]}) == 1
 
 
-def test_the_example_is_the_first_held_out_picture_with_a_modality(tmp_path: Path) -> None:
-    def picture(name: str, split: str, **facts: str) -> dict[str, object]:
-        return {"image": name, "split": split, "facts": facts}
+def test_the_example_is_the_first_held_out_picture_of_its_series(tmp_path: Path) -> None:
+    def picture(name: str, split: str, series: str, modality: str) -> dict[str, object]:
+        return {"image": name, "split": split, "series": series, "facts": {"modality": modality}}
 
     card = [
-        picture("0.png", "train", modality="CT"), picture("1.png", "test", plane="axial"),
-        picture("2.png", "test", modality="MRI"), picture("3.png", "test", modality="CT"),
+        picture("0.png", "train", "fundus", "no"), picture("1.png", "test", "ct", "CT"),
+        picture("2.png", "test", "fundus", "fundus photography"), picture("3.png", "test", "fundus", "no"),
     ]  # fmt: skip
     (tmp_path / "sources.json").write_text(json.dumps({"pictures": card}))
-    assert example(tmp_path) == (tmp_path / "2.png", "MRI")
+    assert example(tmp_path) == (tmp_path / "2.png", "fundus photography")
     (tmp_path / "sources.json").write_text(json.dumps({"pictures": card[:2]}))
-    with pytest.raises(DataError, match="no held-out picture with a modality"):
+    with pytest.raises(DataError, match="no held-out picture of .fundus"):
         example(tmp_path)
 
 

@@ -11,7 +11,7 @@ from megatron_hgpt.config_io import load_config
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.planner.hardware import GPUS, Cluster, gpu_named
 from megatron_hgpt.planner.layouts import Layout, legal_layouts, split_layers
-from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens
+from megatron_hgpt.planner.request import Assumptions, PlanRequest, default_supervised_tokens, fixed_sizes
 
 
 def request(
@@ -44,13 +44,16 @@ def test_l14_with_tensor_4_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensor": 16, "preset": "healthgpt_m3"}, "--tensor 16 does not divide the 8 GPUs of a node"),
+        ({"tensor": 16, "preset": "healthgpt_m3"}, "tensor_model_parallel_size=16 does not divide the 8 GPUs"),
         ({"pipeline": 3}, "does not divide 512 GPUs"),
-        ({"pipeline": 64}, "pipeline 64 exceeds the 40 layers"),
+        ({"pipeline": 64}, "pipeline_model_parallel_size=64 exceeds the 40 layers"),
         ({"tensor": 1, "pipeline": 1}, "global_batch_size=128 .* data parallel size .512"),
         ({"pipeline": 4, "first_layers": 9}, "31 of the 40 layers cannot be split evenly over 3 stages"),
         ({"pipeline": 4, "virtual": 3}, "virtual_pipeline_model_parallel_size=3 must divide the layers"),
-        ({"num_gpus": 1, "first_layers": 9}, "--first-layers 9 .* 40 layers at pipeline 1"),
+        (
+            {"num_gpus": 1, "first_layers": 9},
+            "num_layers_in_first_pipeline_stage=9 .* 40 layers at pipeline_model_parallel_size=1",
+        ),
         ({"precision": "fp8", "overrides": ["model.transformer_impl=local"]}, "fp8 needs Transformer Engine"),
         (
             {"tensor": 8, "preset": "healthgpt_m3", "overrides": ["model.vocabulary.pad_to_multiple=1"]},
@@ -113,9 +116,9 @@ def test_samples_are_padded_as_the_trainer_pads_them() -> None:
         (lambda: Cluster(gpu_name="h100", gpu=GPUS["h100"], num_gpus=0, gpus_per_node=8), "--num-gpus 0"),
         (lambda: Assumptions(efficiency=1.5), "--efficiency 1.5 must be above 0 and at most 1"),
         (lambda: Assumptions(reserve_gib=float("nan")), "--reserve-gib nan"),
-        (lambda: request(precision="int4"), "--precision 'int4' is unknown; use one of bf16, fp8, fp32"),
-        (lambda: request(recompute="some"), "--recompute 'some' is unknown"),
-        (lambda: request(tensor=0), "--tensor 0 must be at least 1"),
+        (lambda: request(precision="int4"), "training.precision='int4' is unknown; use one of bf16, fp8, fp32"),
+        (lambda: request(recompute="some"), "training.recompute='some' is unknown"),
+        (lambda: request(tensor=0), "parallel.tensor_model_parallel_size=0 must be at least 1"),
         (lambda: request(images_per_sample=-1), "--images-per-sample -1"),
         (lambda: request(overrides=["model.max_seq_length=20000"]), "max_seq_length=20000 exceeds .*=16384"),
         (lambda: request("healthgpt_xl32"), "stage=stage3_joint trains generation, but model.hlora.generation is"),
@@ -127,6 +130,22 @@ def test_samples_are_padded_as_the_trainer_pads_them() -> None:
 def test_bad_input_is_named(call: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_a_size_that_the_user_names_is_fixed_and_the_others_are_searched() -> None:
+    """The overrides decide, not the values: a size of 1 that is named is fixed as well."""
+    overrides = [
+        "parallel.tensor_model_parallel_size=1", "parallel.num_layers_in_last_pipeline_stage=8",
+        "parallel.virtual_pipeline_model_parallel_size=null", "training.seed=7",
+    ]  # fmt: skip
+    parallel = load_config(overrides=overrides).parallel
+    assert fixed_sizes(parallel, overrides) == {"tensor": 1, "last_layers": 8}
+    assert fixed_sizes(parallel, []) == {}
+    sharded = fixed_sizes(parallel, ["parallel.use_distributed_optimizer=false"])
+    assert sharded == {"distributed_optimizer": False}
+    for refused in ("parallel.sequence_parallel=true", "parallel={context_parallel_size: 2}"):
+        with pytest.raises(ConfigError, match="is not searched|one by one"):
+            fixed_sizes(parallel, [refused])
 
 
 def test_fp8_needs_an_fp8_unit() -> None:

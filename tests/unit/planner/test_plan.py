@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -135,11 +136,15 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_line_plans_512_gpus(tmp_path: Path) -> None:
     done = run_tool(
-        "--preset", "healthgpt_xl32", "--num-gpus", "512", "--gpu", "h200", "--tensor", "8", "--pipeline", "2",
+        "--preset", "healthgpt_xl32", "--num-gpus", "512", "--gpu", "h200", "parallel.tensor_model_parallel_size=8",
+        "parallel.pipeline_model_parallel_size=2", "training.recompute=full",
         "--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.svg"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     assert "stage3_comprehension" in done.stdout
+    # What the user asked beside the layout is part of the recommendation.
+    assert re.search(r"best +parallel\.tensor_model_parallel_size=8 .* training\.recompute=full\n", done.stdout)
     assert json.loads((tmp_path / "plan.json").read_text())["layouts"][0]["tensor"] == 8
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
@@ -147,7 +152,10 @@ def test_the_command_line_plans_512_gpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "healthgpt_l14", "--tensor", "4"], "cannot shard 40 attention heads with 10"),
+        (
+            ["--preset", "healthgpt_l14", "parallel.tensor_model_parallel_size=4"],
+            "cannot shard 40 attention heads with 10",
+        ),
         (["--preset", "healthgpt_l14", "--gpu", "h300"], "--gpu 'h300' is unknown"),
         (["--preset", "healthgpt_l14", "--chart", "plan.png"], "charts are drawn as .svg"),
         ([], "name a model"),

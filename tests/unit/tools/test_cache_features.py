@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
 from PIL import Image
 
+from megatron_hgpt.cli import main
 from megatron_hgpt.config_io import load_config
 from megatron_hgpt.data.feature_cache import read_cache_manifest
 from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
@@ -22,16 +21,10 @@ from megatron_hgpt.text.vocabulary import Vocabulary
 from megatron_hgpt.validation import validate
 
 ROOT = Path(__file__).parents[3]
-TOOL = ROOT / "tools" / "cache_features.py"
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cache_features", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cache(arguments: list[str]) -> int:
+    return main(["cache-features", *arguments])
 
 
 @pytest.fixture
@@ -59,56 +52,54 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "my_run.yaml"
 
 
-def documented(program: str) -> list[str]:
-    """Arguments of the command in docs/data.md that runs `program`."""
+def documented(command: str) -> list[str]:
+    """Arguments of the command as docs/data.md has it."""
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    (line,) = re.findall(rf"^ +(?:python|bash) {re.escape(program)} (.*feature.*|--config \S+)$", text, re.M)
+    (line,) = re.findall(rf"^ +hgpt {command} (.*)$", text, re.M)
     return shlex.split(line, comments=True)
 
 
 def test_the_documented_commands(
-    config: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tool.main(documented("tools/cache_features.py")) == 0
+    assert cache(documented("cache-features")) == 0
     assert "{'comprehension': 1, 'generation': 0} distinct pictures for 2 images" in capsys.readouterr().out
     manifest = read_cache_manifest(Path("data/held-out/features"))
     assert (manifest["dtype"], manifest["files"]["comprehension.bin"]) == ("fp32", 64 * 128 * 4)
     trained: list[str] = []
     monkeypatch.setattr("megatron_hgpt.train.main", lambda run: trained.append(str(run.data.feature_cache)))
-    from megatron_hgpt import cli
-
-    assert cli.run(documented("examples/pretrain_hgpt.sh")) == 0
+    assert main(["train", *documented("train")]) == 0
     assert trained == ["features"]
 
 
 def test_a_training_run_reads_the_cache(
-    config: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = load_config(config, ["data.feature_cache=features"])
     with pytest.raises(ConfigError, match="data.feature_cache: data/train has no features; write it with tools/cache"):
         validate(run, 1)
-    assert tool.main(["--config", "my_run.yaml", "--depths", "both"]) == 0
+    assert cache(["--config", "my_run.yaml", "--depths", "both"]) == 0
     validate(run, 1)
     for name in ("../features", "", ".hidden", "a/b"):
         run.data.feature_cache = name
         with pytest.raises(ConfigError, match="must be the plain name of a sub-folder"):
             validate(run, 1)
-    assert tool.main(["--config", "my_run.yaml"]) == 2
+    assert cache(["--config", "my_run.yaml"]) == 2
     assert "features exists with both_depths True, wanted is False" in capsys.readouterr().err
 
 
-def test_processes_share_out_the_folders(config: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_out_the_folders(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, expected in (("1", ["held-out"]), ("0", ["held-out", "train"])):
         monkeypatch.setenv("RANK", rank)
-        assert tool.main(["--config", "my_run.yaml", "--dtype", "bf16"]) == 0
+        assert cache(["--config", "my_run.yaml", "--dtype", "bf16"]) == 0
         assert sorted(path.parent.name for path in Path("data").glob("*/features")) == expected
 
 
-def test_mistakes_are_one_line(config: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--preset", "tiny"], "ConfigError: no dataset folder: pass --dataset, or set data.train"),
-        (["--config", "my_run.yaml", "--dataset", "nowhere"], "DataError: nowhere is not a dataset folder"),
+        (["--config", "my_run.yaml", "--dataset", "nowhere"], "ConfigError: --dataset nowhere is not a folder"),
     ):
-        assert tool.main(arguments) == 2
+        assert cache(arguments) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
 
+from megatron_hgpt.cli import main
 from megatron_hgpt.data.mmap_format import read_manifest
 from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_vl_health.py"
 
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("preprocess_vl_health", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def preprocess(arguments: list[str]) -> int:
+    return main(["preprocess", *arguments])
 
 
 @pytest.fixture
@@ -38,21 +30,19 @@ def arguments(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_writes_a_dataset(
-    tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tool.main(arguments) == 0
+def test_writes_a_dataset(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preprocess(arguments) == 0
     manifest = read_manifest(tmp_path / "data", verify_checksums=True)
     assert manifest["template"] == {"name": "phi3_instruct", "system_prompt": "Hi."}
     assert manifest["vocabulary"]["size"] == 400 + 16 + 3
     assert manifest["creation"]["num_image_tokens"] == 576  # CLIP ViT-L/14-336
     assert "1 samples {'comprehension': 1}, 1 pictures" in capsys.readouterr().out
-    assert tool.main(arguments) == 2  # exists already
+    assert preprocess(arguments) == 2  # exists already
     assert "DataError" in capsys.readouterr().err
-    assert tool.main([*arguments, "--overwrite"]) == 0
+    assert preprocess([*arguments, "--overwrite"]) == 0
 
 
-def test_mistakes_are_one_line(tool: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     without_tokenizer = [argument for argument in arguments if not argument.startswith("model.tokenizer")]
     for changed, message in (
         (
@@ -65,6 +55,6 @@ def test_mistakes_are_one_line(tool: ModuleType, arguments: list[str], capsys: p
         ),
         (without_tokenizer, "ConfigError: neither model.tokenizer nor model.backbone"),
     ):
-        assert tool.main(changed) == 2
+        assert preprocess(changed) == 2
         error = capsys.readouterr().err.strip()
         assert error.splitlines()[-1].startswith(message)

@@ -1,0 +1,268 @@
+"""What every command shares: choosing it, its options, configuration and overrides, logging, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import signal
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_hgpt import __version__
+from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
+from megatron_hgpt.cli.library_messages import silence_known
+from megatron_hgpt.environment import (
+    error_file_from_environment,
+    rank_from_environment,
+    use_one_hardware_queue,
+)
+from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean
+
+if TYPE_CHECKING:
+    from megatron_hgpt.config import RunConfig
+
+USER_ERROR = 2
+"""Exit status of a mistake that one line explains."""
+RANK_ERROR_DELAY_S = 30.0
+"""Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
+says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
+
+
+class UsageError(HealthGPTError):
+    """The command line itself is wrong: an unknown command or option, a missing or malformed argument."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are exceptions with the nearest option's name, and not the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        hint = ""
+        if unknown := re.match(r"unrecognized arguments: (-\S+)", message):
+            hint = did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
+        raise UsageError(f"{self.prog}: {message}{hint or f'; see {self.prog} --help'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``hgpt`` and ``python -m megatron_hgpt``: runs the command that the first argument names.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0, what the command says, or 2 after a user's mistake, which is one line on stderr.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            sys.stdout.write(usage())
+            return 0
+        if words[0] == "--version":
+            sys.stdout.write(f"megatron_hgpt {__version__}\n")
+            return 0
+        return run_command(words[0], words[1:])
+    except HealthGPTError as error:
+        return report_error(error, verbose="--verbose" in words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `hgpt config | head`: the reader has gone, and there is nothing left to flush to
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+
+
+def usage() -> str:
+    """The text of ``hgpt --help``: every command with its line."""
+    lines = [f"  {name:<16}{command_named(name).HELP}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: hgpt COMMAND [options] [section.key=value …]",
+            "",
+            "Train HealthGPT, a medical vision-language model that reads and draws, on Megatron-Core.",
+            "",
+            "commands",
+            *lines,
+            "",
+            "hgpt COMMAND --help    options and examples of a command",
+            "hgpt config --explain  every key that a configuration file and key=value may set",
+            "hgpt --version         the version",
+            "",
+        ]
+    )
+
+
+def build_parser(name: str) -> Parser:
+    """The parser of a command with the options that all have."""
+    command = command_named(name)
+    parser = Parser(
+        prog=f"hgpt {name}",
+        description=command.HELP,
+        epilog=_epilog(command),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="debug messages, and the traceback of an error")
+    required = [
+        f"{action.option_strings[0]} {action.metavar}{' …' if action.nargs == '+' else ''}"
+        for action in parser._actions
+        if action.required and action.option_strings
+    ]
+    overrides = ["[key=value …]"] if any(action.dest == "overrides" for action in parser._actions) else []
+    parser.usage = " ".join([f"hgpt {name}", *required, "[options]", *overrides])
+    return parser
+
+
+def _epilog(command: Command) -> str:
+    """What stands below the options: the notes, wrapped, and the examples."""
+    notes = [*textwrap.wrap(" ".join(command.NOTES.split()), 79), ""] if command.NOTES.strip() else []
+    return "\n".join([*notes, "examples:", *(f"  {line}" for line in command.EXAMPLES.strip().splitlines())])
+
+
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """Parse the arguments of a command and run it.
+
+    Raises:
+        UsageError: no such command, or arguments that it does not have.
+        HealthGPTError: the command's own.
+    """
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UsageError(f"hgpt: command {name!r} is unknown{hint}")
+    try:
+        arguments = build_parser(name).parse_intermixed_args(list(argv))
+    except SystemExit as ended:  # --help has printed its text
+        return int(ended.code or 0)
+    arguments.argv = list(argv)
+    command = command_named(name)
+    silence_known()
+    use_one_hardware_queue()
+    configure_logging(logging.DEBUG if arguments.verbose else getattr(command, "LOG_LEVEL", logging.INFO))
+    return command.run(arguments) or 0
+
+
+def configure_logging(level: int) -> None:
+    """Log to stderr from `level` up, on other ranks than the first from ERROR up; stdout is for results alone."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron_hgpt").setLevel(level if rank_from_environment() == 0 else max(level, logging.ERROR))
+
+
+def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
+    """Say a user's mistake in one line on stderr, once for all processes of a group; returns the exit status.
+
+    Several mistakes in one configuration (`errors.raise_problems`) have a line each.
+    """
+    rank = rank_from_environment()
+    if rank:
+        # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
+        signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
+        time.sleep(RANK_ERROR_DELAY_S)
+    if verbose:
+        traceback.print_exception(error)
+    text = str(error).rstrip()
+    if not re.match(r"\d+ problems\n", text):
+        text = " ".join(text.split())
+    message = f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {text}"
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    if path := error_file_from_environment():
+        # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
+    return USER_ERROR
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """``--config``, ``--preset`` and overrides: a run's configuration, for `load`."""
+    from megatron_hgpt.config_io import preset_names
+
+    group = parser.add_argument_group("configuration")
+    group.add_argument("--config", metavar="FILE", help="YAML run configuration")
+    group.add_argument("--preset", metavar="NAME", help=f"a model beneath the file: {', '.join(preset_names())}")
+    group.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, as training.seed=7")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Overrides of a configuration that a checkpoint brings along."""
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the stored one, as model.backbone=FOLDER"
+    )
+
+
+def load(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that the options of `add_configuration` name, with its model's folders read.
+
+    Raises:
+        ConfigError: all that is wrong in it at once, or a preset or file that is not there.
+    """
+    from megatron_hgpt.model_folders import load_resolved
+
+    return load_resolved(arguments.config, arguments.overrides, arguments.preset)
+
+
+def require_file(path: Path, option: str) -> None:
+    """Refuse a missing input at once, before a model is loaded for it.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{option} {path} is not a file; name one that exists")
+
+
+def require_folder(folder: Path, option: str) -> None:
+    """As `require_file`, for a folder.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {folder} is not a folder; name one that exists")
+
+
+def require_run(folder: Path) -> None:
+    """Refuse what `load_run` would, before torch is imported for it.
+
+    Raises:
+        ConfigError: the folder is not there.
+        CheckpointError: it holds no checkpoint.
+    """
+    require_folder(folder, "--checkpoint")
+    if not (folder.name.startswith("step_") or any(folder.glob("step_*")) or any(folder.glob("checkpoints/step_*"))):
+        raise CheckpointError(f"--checkpoint {folder} holds no checkpoint (step_* folder); name a run's output_dir")
+
+
+def write(*parts: Any) -> None:
+    """A line of a command's result on stdout, now."""
+    sys.stdout.write(" ".join(str(part) for part in parts) + "\n")
+    sys.stdout.flush()
+
+
+def pair(text: str) -> tuple[str, str]:
+    """The type of a NAME=VALUE option."""
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def at_least(limit: int) -> Any:
+    """The type of an option that is a whole number of at least `limit`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = limit - 1
+        if number < limit:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {limit}")
+        return number
+
+    return parse

@@ -1,0 +1,63 @@
+"""``hgpt preprocess``: records and pictures into a dataset folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_hgpt.cli import frame
+
+HELP = "write a dataset folder from VL-Health records and their pictures"
+EXAMPLES = r"""
+hgpt preprocess --config my_run.yaml --input train.json --output data/train
+hgpt preprocess --config my_run.yaml --input a.jsonl b.parquet \
+    --image-root images --output data/train --workers 4
+"""
+NOTES = """
+Tokenizer, template, vocabulary and VQGAN come from the configuration's section `model`, so that the dataset fits the
+model that is trained on it. A record that cannot be used is skipped, counted by reason and listed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to read, where to write, and how."""
+    frame.add_configuration(parser)
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".json, .jsonl, .parquet")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="dataset folder to write")
+    parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="of image paths (default: each file's)")
+    parser.add_argument("--source", metavar="NAME", help="of the source in the statistics (default: each file's)")
+    parser.add_argument(
+        "--workers", type=frame.at_least(0), default=0, metavar="N", help="threads that decode pictures; 0 is inline"
+    )
+    parser.add_argument(
+        "--window", type=frame.at_least(1), default=32, metavar="N", help="records at once, and the VQGAN's batch"
+    )
+    parser.add_argument("--device", default="cpu", help="of the VQGAN (default: cpu)")
+    parser.add_argument(
+        "--max-consecutive-skips", type=frame.at_least(1), default=100, metavar="N", help="unusable records that stop"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there already")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the dataset and say what is in it."""
+    config = frame.load(arguments)
+    for file in arguments.input:
+        frame.require_file(file, "--input")
+    from megatron_hgpt.data.preprocess_run import preprocess_run
+
+    options = {
+        "max_consecutive_skips": arguments.max_consecutive_skips,
+        "num_workers": arguments.workers,
+        "window": arguments.window,
+        "overwrite": arguments.overwrite,
+        "progress_bar": True,
+    }
+    manifest = preprocess_run(
+        config, arguments.input, arguments.output, image_root=arguments.image_root, source=arguments.source,
+        device=arguments.device, **options,
+    )  # fmt: skip
+    counts = manifest["counts"]
+    frame.write(f"{arguments.output}: {counts['samples']} samples {counts['per_task']}, {counts['images']} pictures,")
+    frame.write(f"  {counts['tokens']} tokens, {counts['supervised_tokens']} supervised;",
+                f"skipped: {manifest['skipped'] or 'none'}")  # fmt: skip

@@ -1,0 +1,67 @@
+"""``hgpt train``: one stage of training."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_hgpt.cli import frame
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.environment import nodes_from_environment, started_by_torchrun, world_size_from_environment
+
+HELP = "train one stage; resumes where an earlier run stopped"
+EXAMPLES = """
+hgpt train --config my_run.yaml --dry-run
+hgpt train --config my_run.yaml training.num_epochs=2
+torchrun --nproc-per-node 8 -m megatron_hgpt train --config my_run.yaml
+NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 hgpt train --config my_run.yaml
+"""
+NOTES = """
+hgpt starts the processes itself: as many as the GPUs hold replicas of the model, on a CPU one replica (tensor x
+pipeline x context), or NPROC_PER_NODE. Under torchrun it is one of torchrun's processes.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The configuration, and looking before leaping."""
+    frame.add_configuration(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, parameters, batch arithmetic; start nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Train, in this process or in the ones that it starts."""
+    config = frame.load(arguments)
+    if arguments.dry_run:
+        return _dry_run(config)
+    if not started_by_torchrun():
+        from megatron_hgpt.cli.processes import processes_per_node, run_processes
+        from megatron_hgpt.validation import validate
+
+        nodes = nodes_from_environment()
+        processes = processes_per_node(config.parallel, nodes)
+        if processes * nodes.num_nodes > 1:
+            validate(config, processes * nodes.num_nodes)  # before every process imports and says the same
+            return run_processes(processes, nodes, ["train", *arguments.argv])
+    from megatron_hgpt.train import main
+
+    main(config)
+    return 0
+
+
+def _dry_run(config: RunConfig) -> int:
+    """What the run would be, for the processes that would start."""
+    from megatron_hgpt.dry_run import describe
+    from megatron_hgpt.environment import rank_from_environment
+    from megatron_hgpt.validation import validate
+
+    world_size = world_size_from_environment()
+    if not started_by_torchrun():
+        from megatron_hgpt.cli.processes import processes_per_node
+
+        nodes = nodes_from_environment()
+        world_size = processes_per_node(config.parallel, nodes) * nodes.num_nodes
+    validate(config, world_size, check_paths=False)
+    if rank_from_environment() == 0:
+        frame.write(describe(config, world_size))
+    return 0

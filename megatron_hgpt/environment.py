@@ -1,0 +1,79 @@
+"""What torchrun tells its processes, and what a user may tell the launcher, read without importing torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from megatron_hgpt.errors import ConfigError
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """Global rank of this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of a group that a launcher started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def error_file_from_environment() -> str | None:
+    """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """The machines of a run that is started without Slurm or torchrun, from NNODES, NODE_RANK, MASTER_ADDR, …"""
+
+    num_nodes: int = 1
+    node_rank: int | None = None
+    master_addr: str | None = None
+    """Of the first node; both are needed where there are several."""
+    master_port: int = 29500
+    processes_per_node: int | None = None
+    """None leaves it to the layout and the GPUs of this machine."""
+
+
+def nodes_from_environment() -> Nodes:
+    """NPROC_PER_NODE, NNODES, and for several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: a number that is none.
+    """
+    return Nodes(
+        num_nodes=_count("NNODES") or 1,
+        node_rank=_count("NODE_RANK", at_least=0),
+        master_addr=os.environ.get("MASTER_ADDR") or None,
+        master_port=_count("MASTER_PORT") or 29500,
+        processes_per_node=_count("NPROC_PER_NODE"),
+    )
+
+
+def _count(name: str, at_least: int = 1) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdigit() or int(text) < at_least:
+        raise ConfigError(f"{name}={text!r} must be a whole number of at least {at_least}")
+    return int(text)
+
+
+def share_cores(processes: int) -> None:
+    """Give every process of this machine its share of the cores, unless the user set OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, -(-cores // processes))))
+
+
+def use_one_hardware_queue() -> None:
+    """What megatron.core asks for, unless the user decided: else kernels overtake the communication that they overlap.
+
+    It counts before CUDA is initialised, and does nothing without a GPU.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

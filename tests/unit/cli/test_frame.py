@@ -1,0 +1,87 @@
+"""The frame around every command: errors of one process of many, pipes that close, logging."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hgpt.cli import frame, library_messages
+from megatron_hgpt.errors import ConfigError, raise_problems
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert frame.report_error(ConfigError("a library says:\n  a=1 is odd\n")) == 2
+    assert capsys.readouterr().err == "ConfigError: a library says: a=1 is odd\n"
+    with pytest.raises(ConfigError) as several:
+        raise_problems(["a=1 is odd", "b=2 is even"])
+    frame.report_error(several.value)
+    assert capsys.readouterr().err == "ConfigError: 2 problems\n  1. a=1 is odd\n  2. b=2 is even\n"
+    frame.report_error(ConfigError("once"), verbose=True)
+    assert "ConfigError: once\nConfigError: once\n" in capsys.readouterr().err.replace("megatron_hgpt.errors.", "")
+
+
+def test_another_rank_waits_to_be_ended_before_it_says_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(frame.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        frame.report_error(ConfigError("only here"))
+        handler = signal.getsignal(signal.SIGTERM)
+        assert callable(handler)
+        with pytest.raises(SystemExit) as ended:
+            handler(signal.SIGTERM, None)
+        assert ended.value.code == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert waited == [frame.RANK_ERROR_DELAY_S]
+    assert capsys.readouterr().err == "rank 3: ConfigError: only here\n"
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "rank 3: ConfigError: only here"
+
+
+def test_a_reader_may_leave_early() -> None:
+    """`hgpt config --explain | head`: a pipe without a reader is no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_hgpt", "config", "--explain"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_only_the_known_messages_are_silenced() -> None:
+    """The list bites, and nothing beside it: the same message of another module, another message of the same kind."""
+    code = (
+        "import warnings\n"
+        "from megatron_hgpt.cli.library_messages import silence_known\n"
+        "silence_known()\n"
+        "warnings.warn('Apex is not installed. Falling back to Torch Norm')\n"
+        "warnings.warn('The .grad attribute of a Tensor that is not a leaf Tensor is being accessed')\n"
+        "warnings.warn('something new is deprecated', FutureWarning)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "Apex" not in done.stderr
+    assert "The .grad attribute" in done.stderr and "something new" in done.stderr
+    assert all(message for message, _, _ in library_messages._WARNINGS)
