@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import statistics
@@ -79,7 +80,7 @@ class WatchdogHook(Hook):
         self._watch()
 
     def on_fit_end(self, state: TrainState) -> None:
-        """Stop watching; an empty dump file is removed."""
+        """Stop watching; an empty dump file is removed, and the folder with the last of them."""
         if self._file is None or self._path is None:
             return
         faulthandler.cancel_dump_traceback_later()
@@ -87,6 +88,8 @@ class WatchdogHook(Hook):
         self._file = None
         if self._path.stat().st_size == 0:
             self._path.unlink()
+            with contextlib.suppress(OSError):  # other ranks' dumps are still in it
+                self._path.parent.rmdir()
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
         """Stop watching."""

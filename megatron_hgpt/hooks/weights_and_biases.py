@@ -56,7 +56,8 @@ class WeightsAndBiasesHook(Hook):
                 "run `wandb login`, or set WANDB_MODE=offline"
             ) from error
         store_run_id(state, "wandb", self._run.id)
-        logger.info("Weights & Biases: run %s, %s", self._run.id, self._run.url or self._run.dir)
+        place = self._run.dir if self._run.offline else self._run.url
+        logger.info("Weights & Biases: run %s, %s", self._run.id, place)
 
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
         """Send a step's scalars when one is due."""

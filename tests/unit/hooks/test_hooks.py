@@ -187,6 +187,6 @@ def test_watchdog_leaves_nothing_after_a_usual_run(make_state, run_steps, tmp_pa
     hook = WatchdogHook()
     run_steps([hook], make_state(), last=4)
     assert hook.timeout_s == 60.0
-    assert not (tmp_path / "watchdog" / "rank_0.txt").exists()
+    assert not (tmp_path / "watchdog").exists()
     assert caplog.text == ""
     faulthandler.cancel_dump_traceback_later()

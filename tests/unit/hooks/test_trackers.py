@@ -30,7 +30,7 @@ class FakeWandbRun:
     """Refuses what the real one would: records after the end, steps that go back."""
 
     def __init__(self, run_id: str) -> None:
-        self.id, self.url, self.dir = run_id, None, "somewhere"
+        self.id, self.offline, self.dir = run_id, True, "somewhere"  # url: the real one complains when it is offline
         self.records: dict[int, dict[str, float]] = {}
         self.exit_code: int | None = None
 
