@@ -13,23 +13,27 @@ from typing import Any
 from megatron_hgpt.demo.questions import EXAMPLE_QUESTION
 from megatron_hgpt.errors import DataError
 
+_VQA_FIGURES = (
+    "exact_match", "baseline_exact_match", "open_exact_match", "open_baseline", "closed_accuracy", "closed_baseline",
+)  # fmt: skip
 EXAMPLE_SERIES = "fundus"
 """Of `mini_sources`."""
 
 
 def results_table(folders: Mapping[str, Path]) -> str:
-    """One line per split: exact match beside the baseline's, PSNR beside the VQGAN's own.
+    """One line per split: exact match (all, open, yes-or-no questions) beside the baseline's, PSNR beside the VQGAN's.
 
     Args:
         folders: split as shown -> folder of `evaluation.store.save_results`.
     """
-    head = ["", "questions", "exact match", "baseline", "pictures", "PSNR", "VQ round trip"]
+    figures = ["right", "baseline", "open", "baseline", "yes/no", "baseline"]
+    head = ["", "questions", *figures, "pictures", "PSNR", "VQ limit"]
     rows = [
         _row(name, json.loads((folder / "results.json").read_text())["summary"]) for name, folder in folders.items()
     ]
     return _columns([head, *rows]) + (
         "\nbaseline: every question gets the most frequent training answer to questions of its type"
-        "\nVQ round trip: the target itself through the VQGAN, the best that correct image tokens can give"
+        "\nVQ limit: the target itself through the VQGAN, the best that correct image tokens can give"
     )
 
 
@@ -39,8 +43,7 @@ def _row(name: str, summary: Mapping[str, Any]) -> list[str]:
     return [
         name,
         str(vqa["num_questions"] or "–"),
-        _format(vqa["exact_match"], ".1%"),
-        _format(vqa["baseline_exact_match"], ".1%"),
+        *(_format(vqa[name], ".1%") for name in _VQA_FIGURES),
         str(images["num_images"] or "–"),
         *(_format(value, ".1f", " dB") for value in psnr),
     ]

@@ -91,8 +91,9 @@ def summarise_vqa(results: Sequence[VQAResult]) -> dict[str, Any]:
 
     Returns:
         num_questions, num_closed, num_open, exact_match, closed_accuracy, open_exact_match, open_recall,
-        open_token_f1, baseline_exact_match (None unless every question has a baseline answer), and by_question_type:
-        type -> {num_questions, exact_match, baseline_exact_match}.
+        open_token_f1; of the baseline baseline_exact_match, open_baseline and closed_baseline (exact match over all,
+        open and closed questions; None unless every one has a baseline answer); and by_question_type: type ->
+        {num_questions, exact_match, baseline_exact_match}.
     """
     closed = [r for r in results if is_closed(r.expected)]
     opened = [r for r in results if not is_closed(r.expected)]
@@ -109,6 +110,8 @@ def summarise_vqa(results: Sequence[VQAResult]) -> dict[str, Any]:
         "open_exact_match": _mean([is_exact_match(r.expected, r.given) for r in opened]),
         "open_recall": _mean([recall for recall, _ in words]),
         "open_token_f1": _mean([f1 for _, f1 in words]),
+        "open_baseline": _against_baseline(opened)["baseline_exact_match"],
+        "closed_baseline": _against_baseline(closed)["baseline_exact_match"],
         "by_question_type": {
             name: {"num_questions": len(its), **_against_baseline(its)} for name, its in sorted(by_type.items())
         },

@@ -83,6 +83,8 @@ def test_summary_by_hand() -> None:
         "open_exact_match": 0.5,
         "open_recall": 0.75,
         "open_token_f1": pytest.approx((1 + 2 / 3) / 2),
+        "open_baseline": None,
+        "closed_baseline": None,
         "by_question_type": {
             "is": {"num_questions": 2, "exact_match": 0.5, "baseline_exact_match": None},
             "modality": {"num_questions": 1, "exact_match": 1.0, "baseline_exact_match": None},
@@ -112,5 +114,6 @@ def test_the_baseline_is_the_most_frequent_training_answer_of_the_type() -> None
     summary = summarise_vqa(results)
     assert summary["exact_match"] == pytest.approx(2 / 3) and summary["baseline_exact_match"] == pytest.approx(1 / 3)
     assert summary["by_question_type"]["plane"]["baseline_exact_match"] == 0.5
+    assert (summary["open_baseline"], summary["closed_baseline"]) == (0.5, 0.0)
     results[0].baseline = ""
     assert summarise_vqa(results)["baseline_exact_match"] is None, "a share of some questions compares with nothing"
