@@ -255,7 +255,7 @@ class EngineConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Training data: folders written by `tools/preprocess_vl_health.py`."""
+    """Training data: folders written by `hgpt preprocess`."""
 
     train: list[str] = field(default_factory=list)
     """Dataset folders (each with manifest.json); samples of all of them form one epoch."""
@@ -275,7 +275,7 @@ class DataConfig:
     """Pixels: larger pictures are shrunk to it before the tower's own preprocessing, in the datasets and in inference
     alike; 0 keeps every picture as it is. A dataset records it, and one that was written with another is refused."""
     feature_cache: str | None = None
-    """Sub-folder of every dataset folder with the tower's features (tools/cache_features.py); None runs the tower."""
+    """Sub-folder of every dataset folder with the tower's features (hgpt cache-features); None runs the tower."""
 
 
 @dataclass(kw_only=True, slots=True)

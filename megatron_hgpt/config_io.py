@@ -215,13 +215,15 @@ def _checked(cls: type, values: Mapping[str, Any], prefix: str, origin: str, pro
     return good
 
 
-def _construct(cls: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass of checked values."""
+def _construct(cls: type, values: Mapping[str, Any], default: Any = None) -> Any:
+    """The dataclass of checked values; what they leave out stays as in `default` (two plugins differ)."""
+    base = cls() if default is None else default
     arguments = {}
     for key, value in values.items():
         section = _section(cls, key)
-        arguments[key] = _construct(section, value) if section is not None and value is not None else value
-    return cls(**arguments)
+        is_section = section is not None and value is not None
+        arguments[key] = _construct(section, value, getattr(base, key)) if is_section else value
+    return dataclasses.replace(base, **arguments)
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:

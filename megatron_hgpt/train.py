@@ -136,7 +136,7 @@ def _image_sampler(
     if context.pp_size > 1 or context.cp_size > 1:
         logger.warning(
             "sample images need the whole model and sequence on every rank and are off with pipeline or context "
-            "parallelism; tools/generate.py draws from any checkpoint of this run"
+            "parallelism; hgpt generate draws from any checkpoint of this run"
         )
         return None
     return image_sampler(config, model, tokenizer, context)

@@ -153,6 +153,9 @@ def _data_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
     cache, mixture = config.data.feature_cache, config.data.mixture
     if cache is not None and (not cache or cache.startswith(".") or Path(cache).name != cache):
         yield f"data.feature_cache={cache!r} must be the plain name of a sub-folder of each dataset folder"
+    interval = config.training.validation_interval_steps
+    if interval and not config.data.validation:
+        yield f"training.validation_interval_steps={interval} needs data.validation; name folders, or set it to 0"
     names = [task.value for task in TASKS]
     unknown = [name for name in mixture if name not in names]
     for name in unknown:
@@ -322,13 +325,13 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
     if model.tokenizer is None and model.backbone is None:
         yield _NO_TOKENIZER
     if not data.train:
-        yield "data.train is empty: name at least one folder written by tools/preprocess_vl_health.py"
+        yield "data.train is empty: name at least one folder written by hgpt preprocess"
     for name in ("train", "validation"):
         for value in getattr(data, name):
             if not (Path(value) / "manifest.json").is_file():
-                yield f"data.{name}: {value} holds no manifest.json; write it with tools/preprocess_vl_health.py"
+                yield f"data.{name}: {value} holds no manifest.json; write it with hgpt preprocess"
             elif data.feature_cache and not (Path(value) / data.feature_cache / "manifest.json").is_file():
-                yield f"data.feature_cache: {value} has no {data.feature_cache}; write it with tools/cache_features.py"
+                yield f"data.feature_cache: {value} has no {data.feature_cache}; write it with hgpt cache-features"
     for value in config.checkpoint.init_from:
         if not Path(value).exists():
             yield f"checkpoint.init_from: {value} does not exist; train the earlier stage first"

@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_hgpt.backbone.shape import read_backbone
 from megatron_hgpt.config import ModelConfig, RunConfig
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.files import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INFO = "healthgpt.json"
 
 
 def fingerprint(model: ModelConfig) -> dict[str, Any]:
     """What two models must share for one's weights to fit the other: sizes, vocabulary, plugins, vision depths."""
-    vision = model.vision
+    vision, shape = model.vision, read_backbone(model.hf_config)
     return {
-        "backbone": {key: value for key, value in sorted(model.hf_config.items()) if key in _SHAPE_KEYS},
+        "backbone": {field: getattr(shape, field) for field in _SHAPE_FIELDS},
         "vocabulary": {**dataclasses.asdict(model.vocabulary), "num_codes": model.vq.num_codes},
         "hlora": {
             name: None if plugin is None else {key: plugin[key] for key in ("lora_rank", "alpha", "num_experts")}
@@ -35,17 +36,8 @@ def fingerprint(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-_SHAPE_KEYS = frozenset(
-    {
-        "architectures",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    }
-)
+_SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim")
+"""Of `BackboneShape`: a preset and a folder may spell the same shape with different keys."""
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:

@@ -65,13 +65,13 @@ def manifest_problems(
             otherwise = "correct the configuration" if field is None else f"set {field}={found}"
             yield (
                 f"{folder}: {what} of the dataset is {found!r}, the run's is {wanted!r}; write the dataset again with "
-                f"this run's configuration (tools/preprocess_vl_health.py), or {otherwise}"
+                f"this run's configuration (hgpt preprocess), or {otherwise}"
             )
             return  # the others mostly follow from the first
 
 
 class VLDataset:
-    """Map-style dataset over a folder written by `tools/preprocess_vl_health.py`.
+    """Map-style dataset over a folder written by `hgpt preprocess`.
 
     Args:
         folder: the dataset.

@@ -40,7 +40,7 @@ DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "bf16": (torch.bfloat16, np.int16),  # NumPy has no bfloat16: its 16 bits are stored
 }
 """Name -> type of the features, and what NumPy stores them as."""
-_TOOL = "tools/cache_features.py --overwrite writes it again"
+_TOOL = "hgpt cache-features --overwrite writes it again"
 
 
 def describe_tower(vision: VisionConfig) -> Json:
@@ -75,9 +75,7 @@ def read_cache_manifest(folder: Path) -> Json:
         files = manifest["files"] if version == SCHEMA_VERSION else {}
         sizes = {name: int(size) for name, size in files.items()}
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} is not a feature cache (no {MANIFEST}); tools/cache_features.py writes one"
-        ) from error
+        raise DataError(f"{folder} is not a feature cache (no {MANIFEST}); hgpt cache-features writes one") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise DataError(f"{path} is not the manifest of a feature cache ({error!r}); {_TOOL}") from error
     if version != SCHEMA_VERSION:

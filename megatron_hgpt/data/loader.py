@@ -303,7 +303,7 @@ def build_loader(
         ConfigError: batch sizes or mixture do not fit.
     """
     if not config.data.train:
-        raise DataError("data.train names no dataset folder; write one with tools/preprocess_vl_health.py")
+        raise DataError("data.train names no dataset folder; write one with hgpt preprocess")
     source = open_source(
         config,
         config.data.train,

@@ -192,7 +192,7 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Json:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); tools/preprocess_vl_health.py writes one")
+        raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); hgpt preprocess writes one")
     try:
         manifest: Json = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("schema_version",) if key not in manifest]

@@ -309,3 +309,11 @@ def test_bounds(bound: Any, inside: list[float], outside: list[float], text: str
     assert str(bound) == text
     assert all(bound.holds(value) for value in inside)
     assert not any(bound.holds(value) for value in outside)
+
+
+def test_one_key_of_a_plugin_leaves_its_others_as_they_are() -> None:
+    """The two plugins have other defaults than their class: generation's alpha is 512."""
+    plugin = load_config(overrides=["model.hlora.generation.lora_rank=128"]).model.hlora.generation
+    assert plugin is not None
+    assert (plugin.lora_rank, plugin.alpha) == (128, 512.0)
+    assert load_config(overrides=["model.hlora.generation=null"]).model.hlora.generation is None
