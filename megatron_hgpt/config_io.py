@@ -221,8 +221,9 @@ def _construct(cls: type, values: Mapping[str, Any], default: Any = None) -> Any
     arguments = {}
     for key, value in values.items():
         section = _section(cls, key)
-        is_section = section is not None and value is not None
-        arguments[key] = _construct(section, value, getattr(base, key)) if is_section else value
+        if section is not None and value is not None:
+            value = _construct(section, value, getattr(base, key))
+        arguments[key] = value
     return dataclasses.replace(base, **arguments)
 
 

@@ -234,7 +234,7 @@ BAD_INPUT = {
     "parallel.tensor_model_parallel_size=3": "use 1, 2, 4",
     "model.hlora.generation.lora_rank=32": "belongs to another model",
     "model.template=qwen_2": "template",
-    "data.train=[nowhere]": "tools/preprocess_vl_health.py",
+    "data.train=[nowhere]": "hgpt preprocess",
 }
 
 

@@ -144,7 +144,7 @@ def test_another_tower_dataset_depth_or_size_is_refused(tmp_path: Path, dataset:
 
 
 def test_damage_is_refused(dataset: Path) -> None:
-    with pytest.raises(DataError, match="is not a feature cache .*tools/cache_features.py writes one"):
+    with pytest.raises(DataError, match="is not a feature cache .*hgpt cache-features writes one"):
         _open(dataset)
     _write(dataset)
     _forge(dataset / "features", schema_version=9)
