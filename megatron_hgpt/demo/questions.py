@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,7 @@ QUESTIONS: dict[str, Wordings] = {
             "Name the modality of this image.",
             "What is the imaging modality?",
         ),
-        closed=(
-            "Was this image acquired with {}?",
-            "Is {} the modality of this image?",
-            "Is the modality of this image {}?",
-            "Was {} used to acquire this image?",
-        ),
+        closed=("Was this image acquired with {}?", "Is the modality of this image {}?"),
         held_out_open=("Which imaging modality was used?", "What is the type of this image?", "Name the modality."),
         held_out_closed=("Is the imaging modality {}?",),
     ),
@@ -63,11 +58,7 @@ QUESTIONS: dict[str, Wordings] = {
             "Name the plane of this slice.",
             "What is the plane of this image?",
         ),
-        closed=(
-            "Is this slice in the {} plane?",
-            "Is the orientation of this slice {}?",
-            "Was this slice taken in the {} plane?",
-        ),
+        closed=("Is this slice in the {} plane?", "Is the orientation of this slice {}?"),
         held_out_open=("Which plane is this slice in?", "What is the orientation of this image?"),
         held_out_closed=("Is the plane of this slice {}?",),
     ),
@@ -80,7 +71,7 @@ QUESTIONS: dict[str, Wordings] = {
             "Name the body part or object in this image.",
             "What is the body part or object?",
         ),
-        closed=("Does this image show {}?", "Is {} shown in this image?", "Is this an image of {}?"),
+        closed=("Does this image show {}?", "Is this an image of {}?"),
         held_out_open=("Which body part or object is shown?", "What does the image show?"),
         held_out_closed=("Does the image show {}?",),
     ),
@@ -170,45 +161,52 @@ def conversation(image: str, prompt: str, answer: str, **fields: str) -> dict[st
 
 
 def training_questions(facts: Mapping[str, Mapping[str, str]], rng: random.Random) -> list[dict[str, Any]]:
-    """Each attribute of each picture in several wordings, and once for yes or no.
+    """Each attribute of each picture in several wordings; a closed one with the true value and again with a wrong one.
+
+    Of such a pair neither the picture nor the wording tells the answer: the value has to be compared with the picture.
 
     Args:
         facts: picture name -> attribute -> value.
     """
-
-    def wordings(attribute: str) -> Sequence[str]:
-        every = QUESTIONS[attribute].open
+    records = []
+    for image, attribute, value in _triples(facts):
+        wordings = QUESTIONS[attribute]
         is_rare = len(_values(facts, attribute)) < RARE_SHARE * len(facts)
-        return every if is_rare else rng.sample(every, OPEN_PER_ATTRIBUTE)
-
-    return _questions(facts, rng, wordings, {name: its.closed for name, its in QUESTIONS.items()})
+        chosen = wordings.open if is_rare else rng.sample(wordings.open, OPEN_PER_ATTRIBUTE)
+        records += [_open(image, attribute, value, wording) for wording in chosen]
+        if wordings.closed:
+            wording = rng.choice(wordings.closed)
+            for truth in (True, False):
+                records += _closed(facts, image, attribute, truth, wording, rng)
+    return records
 
 
 def evaluation_questions(
     facts: Mapping[str, Mapping[str, str]], rng: random.Random, *, held_out_wordings: bool = False
 ) -> list[dict[str, Any]]:
-    """Each attribute of each picture once openly and once for yes or no, in training's wordings or held-out ones."""
-    opened = {name: its.held_out_open if held_out_wordings else its.open for name, its in QUESTIONS.items()}
-    closed = {name: its.held_out_closed if held_out_wordings else its.closed for name, its in QUESTIONS.items()}
-    return _questions(facts, rng, lambda attribute: [rng.choice(opened[attribute])], closed)
+    """Each attribute of each picture once openly and once closed; yes and no alternate within an attribute.
 
-
-def _questions(
-    facts: Mapping[str, Mapping[str, str]],
-    rng: random.Random,
-    opened: Callable[[str], Sequence[str]],
-    closed: Mapping[str, Sequence[str]],
-) -> list[dict[str, Any]]:
-    """Open questions in the wordings of `opened`, and a closed one; yes and no alternate within an attribute."""
+    Args:
+        facts: picture name -> attribute -> value.
+        held_out_wordings: ask in the wordings that training never has.
+    """
     records = []
     affirm: dict[str, bool] = defaultdict(lambda: True)
-    for image, its in facts.items():
-        for attribute, value in its.items():
-            records += [_open(image, attribute, value, wording) for wording in opened(attribute)]
-            asked = _closed(facts, image, attribute, affirm[attribute], closed[attribute], rng)
+    for image, attribute, value in _triples(facts):
+        wordings = QUESTIONS[attribute]
+        opened, closed = wordings.open, wordings.closed
+        if held_out_wordings:
+            opened, closed = wordings.held_out_open, wordings.held_out_closed
+        records.append(_open(image, attribute, value, rng.choice(opened)))
+        if closed:
+            asked = _closed(facts, image, attribute, affirm[attribute], rng.choice(closed), rng)
             records += asked
             affirm[attribute] ^= bool(asked)
     return records
+
+
+def _triples(facts: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str, str]]:
+    return [(image, attribute, value) for image, its in facts.items() for attribute, value in its.items()]
 
 
 def _open(image: str, attribute: str, value: str, wording: str) -> dict[str, Any]:
@@ -220,16 +218,16 @@ def _closed(
     image: str,
     attribute: str,
     truth: bool,
-    wordings: Sequence[str],
+    wording: str,
     rng: random.Random,
 ) -> list[dict[str, Any]]:
-    """One record; none where the attribute has no closed wording or no wrong value."""
+    """One record; none where the attribute has no wrong value."""
     value = facts[image][attribute]
     wrong = [other for other in _values(facts, attribute) if other != value and not {other, value} <= _OVERLAPPING]
-    if not wordings or not wrong:
+    if not wrong:
         return []
     named = value if truth else rng.choice(wrong)
-    question = rng.choice(wordings).format(phrase(attribute, named))
+    question = wording.format(phrase(attribute, named))
     kind = f"{attribute}, yes or no"
     return [conversation(image, question, "yes" if truth else "no", answer_type="closed", question_type=kind)]
 

@@ -164,14 +164,14 @@ def test_closed_answers_are_balanced_and_not_readable_from_the_question(
 ) -> None:
     closed = [record for record in records["train"] if record.get("answer_type") == "closed"]
     answers = Counter(record["conversations"][1]["value"] for record in closed)
-    assert abs(answers["yes"] - answers["no"]) <= 6  # they alternate within each of the 6 closable attributes
+    assert answers["yes"] == answers["no"]
     by_question: dict[str, Counter[str]] = {}
     for record in closed:
         question, answer = (turn["value"] for turn in record["conversations"])
         by_question.setdefault(question, Counter())[answer] += 1
     guessed = sum(max(counter.values()) for counter in by_question.values() if sum(counter.values()) > 3)
     repeated = sum(sum(counter.values()) for counter in by_question.values() if sum(counter.values()) > 3)
-    assert guessed / repeated < 0.85  # 1.0 would mean that the text alone decides
+    assert guessed / repeated < 0.75  # 1.0 would mean that the text alone decides
 
 
 def test_a_picture_is_asked_in_several_wordings_and_some_are_never_trained(
