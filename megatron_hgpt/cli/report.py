@@ -11,7 +11,7 @@ from megatron_hgpt.errors import ConfigError
 HELP = "write one self-contained HTML page from finished stages and evaluations"
 EXAMPLES = r"""
 hgpt report --out report.html --run runs/demo/stage1 --run runs/demo/stage2 \
-    --evaluation held-out=runs/demo/evaluation/held-out --note Backbone=Phi-3
+    --evaluation held-out=runs/demo/evaluation/held-out-pictures --note Backbone=Phi-3
 """
 NOTES = """"""
 

@@ -6,7 +6,12 @@ import argparse
 
 from megatron_hgpt.cli import frame
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.environment import nodes_from_environment, started_by_torchrun, world_size_from_environment
+from megatron_hgpt.environment import (
+    nodes_from_environment,
+    rank_from_environment,
+    started_by_torchrun,
+    world_size_from_environment,
+)
 
 HELP = "train one stage; resumes where an earlier run stopped"
 EXAMPLES = """
@@ -31,37 +36,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Train, in this process or in the ones that it starts."""
-    config = frame.load(arguments)
-    if arguments.dry_run:
-        return _dry_run(config)
-    if not started_by_torchrun():
-        from megatron_hgpt.cli.processes import processes_per_node, run_processes
-        from megatron_hgpt.validation import validate
+    from megatron_hgpt.config_io import read_config
+    from megatron_hgpt.validation import validate
 
-        nodes = nodes_from_environment()
+    config, read = read_config(arguments.config, arguments.overrides, arguments.preset)
+    nodes = nodes_from_environment()
+    if started_by_torchrun():
+        processes, world_size = 0, world_size_from_environment()
+    else:
+        from megatron_hgpt.cli.processes import processes_per_node
+
         processes = processes_per_node(config.parallel, nodes)
-        if processes * nodes.num_nodes > 1:
-            validate(config, processes * nodes.num_nodes)  # before every process imports and says the same
-            return run_processes(processes, nodes, ["train", *arguments.argv])
+        world_size = processes * nodes.num_nodes
+    # All that is wrong with it in one message, before any process starts and says the same again.
+    validate(config, world_size, check_paths=not arguments.dry_run, read=read)
+    if arguments.dry_run:
+        return _dry_run(config, world_size)
+    if processes and world_size > 1:
+        from megatron_hgpt.cli.processes import run_processes
+
+        return run_processes(processes, nodes, ["train", *arguments.argv])
     from megatron_hgpt.train import main
 
     main(config)
     return 0
 
 
-def _dry_run(config: RunConfig) -> int:
+def _dry_run(config: RunConfig, world_size: int) -> int:
     """What the run would be, for the processes that would start."""
     from megatron_hgpt.dry_run import describe
-    from megatron_hgpt.environment import rank_from_environment
-    from megatron_hgpt.validation import validate
 
-    world_size = world_size_from_environment()
-    if not started_by_torchrun():
-        from megatron_hgpt.cli.processes import processes_per_node
-
-        nodes = nodes_from_environment()
-        world_size = processes_per_node(config.parallel, nodes) * nodes.num_nodes
-    validate(config, world_size, check_paths=False)
     if rank_from_environment() == 0:
         frame.write(describe(config, world_size))
     return 0
