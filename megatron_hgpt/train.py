@@ -38,7 +38,8 @@ def main(config: RunConfig) -> None:
     validate(config, world_size_from_environment())
     stage = resolve_stage(config.training)
     context = distributed.initialize(config.parallel, config.training.seed)
-    _configure_logging(context.is_writer)
+    if not context.is_writer:
+        logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
     try:
         # Here and not at the top: the import-order rule of `cpu_platform`.
         from megatron_hgpt.build import build_model_chunks, freeze_except
@@ -140,32 +141,6 @@ def _image_sampler(
         )
         return None
     return image_sampler(config, model, tokenizer, context)
-
-
-class ConsoleFormatter(logging.Formatter):
-    """``HH:MM:SS message``, and ``warning:`` or ``error:`` before it where it is one."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's own name)
-        """The line of a record."""
-        if record.levelno >= logging.WARNING:
-            record.message = f"{record.levelname.lower()}: {record.message}"
-        return super().formatMessage(record)
-
-
-def _configure_logging(is_writer: bool) -> None:
-    from transformers.utils import logging as transformers_logging
-
-    logging.basicConfig()
-    for handler in logging.getLogger().handlers:
-        if type(handler) is logging.StreamHandler:  # the console, not a file or a test's recorder
-            handler.setFormatter(ConsoleFormatter())
-    logging.getLogger("megatron_hgpt").setLevel(logging.INFO if is_writer else logging.ERROR)
-    transformers_logging.disable_progress_bar()  # every rank would draw one for the tower's few weights
-    # It announces at every start, as warnings, that its optional machinery is off.
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 
 
 class _CallableModule(types.ModuleType):

@@ -147,9 +147,24 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     return command.run(arguments) or 0
 
 
+class ConsoleFormatter(logging.Formatter):
+    """``HH:MM:SS message``, and ``warning:`` or ``error:`` before it where it is one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's own name)
+        """The line of a record."""
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
 def configure_logging(level: int) -> None:
     """Log to stderr from `level` up, on other ranks than the first from ERROR up; stdout is for results alone."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    console = logging.StreamHandler()
+    console.setFormatter(ConsoleFormatter())
+    logging.basicConfig(handlers=[console])
     logging.getLogger("megatron_hgpt").setLevel(level if rank_from_environment() == 0 else max(level, logging.ERROR))
 
 

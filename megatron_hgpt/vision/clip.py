@@ -166,7 +166,9 @@ def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # every process would draw one over the tower's few weights
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.vision.tower={folder} is not a Hugging Face folder (config.json is missing)")
     try:

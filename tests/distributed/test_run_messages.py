@@ -69,7 +69,7 @@ def test_a_resumed_run_says_what_changed_and_counts_samples_of_all_ranks(tmp_pat
 
 
 def test_the_console_shows_time_and_message(tmp_path: Path) -> None:
-    from megatron_hgpt.train import ConsoleFormatter
+    from megatron_hgpt.cli.frame import ConsoleFormatter
 
     def shown(level: int, message: str, *args: Any) -> str:
         record = logging.LogRecord("megatron_hgpt.somewhere", level, __file__, 1, message, args, None)

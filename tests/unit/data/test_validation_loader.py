@@ -20,6 +20,7 @@ Make = Callable[..., Path]
 
 def _loader(folders: Sequence[Path], *, tasks: Sequence[Task] = (C, G), **changes: Any) -> ValidationLoader | None:
     config = RunConfig()
+    config.model.template = "phi3_instruct"
     config.data.validation = [str(folder) for folder in folders]
     config.data.num_workers = changes.pop("num_workers", 0)
     config.model.vocabulary.text_size, config.model.vq.num_codes, config.model.vq.num_indices = 400, 16, 4

@@ -249,5 +249,5 @@ def test_command_line(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "a=b" in out.read_text() and "wrote" in result.stdout
     result = call("--run", str(tmp_path / "nowhere"))
-    assert result.returncode == 1 and result.stderr.startswith("error: ") and "nowhere" in result.stderr
+    assert result.returncode == 2 and result.stderr.startswith("DataError: ") and "nowhere" in result.stderr
     assert "not of the form NAME=VALUE" in call("--note", "x").stderr
