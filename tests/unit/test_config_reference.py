@@ -12,6 +12,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import _all_names, load_config
 from megatron_hgpt.config_reference import describe_type, describe_value, explain, markdown, sections
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.model_folders import load_resolved
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,4 +98,4 @@ def test_the_page_of_all_options_is_current(capsys: pytest.CaptureFixture[str]) 
 def test_the_resolved_configuration_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["config", "--preset", "tiny", "training.stage=stage2"]) == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
-    assert load_config(tmp_path / "resolved.yaml") == load_config(preset="tiny", overrides=["training.stage=stage2"])
+    assert load_config(tmp_path / "resolved.yaml") == load_resolved(preset="tiny", overrides=["training.stage=stage2"])

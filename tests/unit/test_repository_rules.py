@@ -142,11 +142,10 @@ def config_classes(cls: type = RunConfig) -> Iterator[type]:
 
 
 SELF_EXPLANATORY = {
-    "name", "shuffle", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "tensorboard", "progress_bar", "model",
-    "parallel", "engine", "data", "optimizer", "training", "checkpoint", "logging", "vision", "vq", "vocabulary",
-    "hlora", "comprehension", "generation",
+    "model", "parallel", "engine", "data", "optimizer", "training", "checkpoint", "logging", "vision", "vq",
+    "vocabulary", "hlora", "comprehension", "generation",
 }  # fmt: skip
-"""Sections, switches, and AdamW's own names."""
+"""Sections."""
 
 
 @pytest.mark.parametrize(
