@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,3 +100,12 @@ def test_the_resolved_configuration_reads_back(capsys: pytest.CaptureFixture[str
     assert main(["config", "--preset", "tiny", "training.stage=stage2"]) == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "resolved.yaml") == load_resolved(preset="tiny", overrides=["training.stage=stage2"])
+
+
+def test_every_key_that_the_page_for_newcomers_names_exists() -> None:
+    """docs/coming_from.md: flags of Megatron-LM and LLaVA in the left column, keys in the right."""
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ") and "--" in line]
+    keys = [key for cell in cells for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", cell)]
+    assert len(keys) > 60
+    assert not set(keys) - set(_all_names(RunConfig))

@@ -208,6 +208,7 @@ def test_a_backbone_of_a_published_shape_brings_its_ranks_and_learning_rates(fol
     config = load_resolved(folders / "run.yaml", overrides)
     assert config.model.hlora == load_config(preset="healthgpt_l14").model.hlora != RunConfig().model.hlora
     assert config.optimizer.lr == 1e-4
+    assert "shape of the backbone           HealthGPT-L14's" in describe(config, 1)
     mine = [*overrides, "model.hlora.comprehension.lora_rank=16", "optimizer.lr=5e-4"]
     config = load_resolved(folders / "run.yaml", mine)
     assert config.model.hlora.comprehension is not None
