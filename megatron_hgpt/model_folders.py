@@ -9,7 +9,6 @@ Only descriptions are read, never weights.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,6 @@ from megatron_hgpt.files import read_json
 from megatron_hgpt.stages import LEARNING_RATES
 from megatron_hgpt.text.templates import TEMPLATES, chat_template_of
 from megatron_hgpt.text.tokenizer import has_dummy_space, read_tokenizer, vocabulary_of
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CODES, DEFAULT_INDICES = 8192, 1024
 """Codebook and indices per image without a VQGAN folder: those of the OpenImages f=8 VQGAN that HealthGPT uses."""
@@ -81,10 +78,7 @@ def read_run(
     defaults: dict[str, Any] = {"model": {"hlora": dataclasses.asdict(load_config(preset=variant).model.hlora)}}
     if (lr := LEARNING_RATES.get((variant, config.training.stage))) is not None:
         defaults["optimizer"] = {"lr": lr}
-    published, read = read_config(path, overrides, preset, defaults=defaults)
-    if published != config:
-        logger.info("the backbone is %s's: its published ranks and learning rates are the defaults", PUBLISHED[variant])
-    return published, read
+    return read_config(path, overrides, preset, defaults=defaults)
 
 
 def published_variant(model: ModelConfig) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from megatron_hgpt.cli import frame
 from megatron_hgpt.config import RunConfig
@@ -12,6 +13,8 @@ from megatron_hgpt.environment import (
     started_by_torchrun,
     world_size_from_environment,
 )
+
+logger = logging.getLogger(__name__)
 
 HELP = "train one stage; resumes where an earlier run stopped"
 EXAMPLES = """
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Train, in this process or in the ones that it starts."""
-    from megatron_hgpt.model_folders import read_run
+    from megatron_hgpt.model_folders import PUBLISHED, published_variant, read_run
     from megatron_hgpt.validation import validate
 
     config, read = read_run(arguments.config, arguments.overrides, arguments.preset)
@@ -58,6 +61,10 @@ def run(arguments: argparse.Namespace) -> int | None:
         return run_processes(processes, nodes, ["train", *arguments.argv])
     from megatron_hgpt.train import main
 
+    if (variant := published_variant(config.model)) is not None:
+        logger.info(
+            "backbone of %s's shape: its published ranks and learning rates are the defaults", PUBLISHED[variant]
+        )
     main(config)
     return 0
 

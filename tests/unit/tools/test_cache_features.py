@@ -76,7 +76,9 @@ def test_a_training_run_reads_the_cache(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = load_config(config, ["data.feature_cache=features"])
-    with pytest.raises(ConfigError, match="data.feature_cache: data/train has no features; write it with tools/cache"):
+    with pytest.raises(
+        ConfigError, match="data.feature_cache: data/train has no features; write it with hgpt cache-features"
+    ):
         validate(run, 1)
     assert cache(["--config", "my_run.yaml", "--depths", "both"]) == 0
     validate(run, 1)
