@@ -12,7 +12,6 @@ from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.batching import global_batch_size
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import save_config
 from megatron_hgpt.environment import world_size_from_environment
 from megatron_hgpt.hooks import PathParameters, SampleImages
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
@@ -53,7 +52,6 @@ def main(config: RunConfig) -> None:
 
         if context.is_writer:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            save_config(config, Path(config.output_dir) / "resolved_config.yaml")
         # With cached features only the sample pictures, drawn from pixels, still need the tower.
         with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
         models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
