@@ -259,7 +259,10 @@ class Trainer:
         return dict(sum(map(Counter, counts), Counter()))
 
     def _listen_for_termination(self) -> dict[int, Any]:
-        """Finish the step (not a validation) and save on SIGTERM and SIGINT (Slurm, Ctrl-C); a second signal ends the process at once."""
+        """On SIGTERM and SIGINT (Slurm, Ctrl-C) finish the step, leave a validation, and save.
+
+        A second signal ends the process at once.
+        """
 
         def request_stop(signum: int, _frame: FrameType | None) -> None:
             self._stop_requested = True

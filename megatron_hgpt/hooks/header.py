@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hgpt.batching import global_batch_size, num_micro_batches
+from megatron_hgpt.hooks.figures import plural
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -63,7 +64,7 @@ def _layout(config: RunConfig, context: DistributedContext) -> str:
     pipeline = f"pipeline {context.pp_size}" + (f" of {chunks} chunks each" if chunks else "")
     engine = "" if config.engine.name == "megatron" else f"; {config.engine.name}, ZeRO-{config.engine.zero_stage}"
     return (
-        f"{_plural(context.world_size, 'process')} on {context.device.type}: {tensor} x {pipeline} x context "
+        f"{plural(context.world_size, 'process')} on {context.device.type}: {tensor} x {pipeline} x context "
         f"{context.cp_size} x data {context.dp_size}{engine}"
     )
 
@@ -84,7 +85,7 @@ def _validation(config: RunConfig, validation: ValidationLoader | None) -> str:
     if validation is None:
         return "none (data.validation is empty)"
     interval = config.training.validation_interval_steps
-    when = f"every {_plural(interval, 'step')} and after the last" if interval else "after the last step"
+    when = f"every {plural(interval, 'step')} and after the last" if interval else "after the last step"
     return f"{_samples(validation.num_samples)} in {', '.join(config.data.validation)}, {when}"
 
 
@@ -107,13 +108,9 @@ def _places(config: RunConfig) -> list[tuple[str, str]]:
     if config.data.validation:
         files.insert(1, "validation.jsonl")
     places = [
-        ("checkpoints", f"{directory}, every {_plural(checkpoint.save_interval_steps, 'step')}, {keep}"),
+        ("checkpoints", f"{directory}, every {plural(checkpoint.save_interval_steps, 'step')}, {keep}"),
         ("metrics", f"{output}: {', '.join(files)}"),
     ]
     if config.logging.tensorboard:
         places.append(("TensorBoard", f"tensorboard --logdir {output / 'tensorboard'}"))
     return places
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"

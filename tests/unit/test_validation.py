@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.stages import STAGES
-from megatron_hgpt.validation import validate
+from megatron_hgpt.validation import find_problems, validate
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))
@@ -147,6 +148,20 @@ def test_paths_must_exist(field: str, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()  # checking writes nothing
 
 
+@pytest.mark.parametrize(
+    ("field", "module", "package"),
+    [("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow", "mlflow-skinny")],
+)
+def test_a_missing_tracker_is_said_before_anything_starts(
+    field: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    config = tiny(f"logging.{field}=mine")
+    validate(config, 1, check_paths=False)
+    message = f"logging.{field}=mine needs the package {package}: pip install {package}, or set it to null"
+    assert message in find_problems(config, 1)
+
+
 def test_batch_size_and_replicas() -> None:
     assert global_batch_size(tiny()) == 8
     assert global_batch_size(tiny("training.global_batch_size=null", "training.stage=stage1_generation")) == 64
@@ -234,7 +249,6 @@ def test_the_dry_run_reads_the_length_of_an_epoch_from_the_manifests(tmp_path: P
 
 def test_a_dry_run_imports_no_megatron() -> None:
     import subprocess
-    import sys
 
     code = (
         "import sys; from megatron_hgpt.cli import main; "
