@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
-from megatron_hgpt.batching import global_batch_size
+from megatron_hgpt.batching import global_batch_size, repetition_warning
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.environment import world_size_from_environment
 from megatron_hgpt.hooks import PathParameters, SampleImages
@@ -83,6 +83,8 @@ def main(config: RunConfig) -> None:
             validation=validation,
         ):
             logger.info("%s", line)
+        if warning := repetition_warning(config, loader.epoch_size):
+            logger.warning("%s", warning)
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
         hooks = build_hooks(
             config,

@@ -24,11 +24,6 @@ def file_size(num_bytes: int) -> str:
     return f"{megabytes:.1f} MB" if megabytes < 10 else f"{megabytes:.0f} MB"
 
 
-def plural(count: int, noun: str) -> str:
-    """``1 step``, ``1,200 steps``, ``2 processes``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
 def losses(loss: float, per_task: Mapping[str, float], num_samples: Mapping[str, int] | None = None) -> str:
     """``1.2345``, with the tasks in brackets where there are two, and the samples of each where they are given."""
     counts = {task: f" on {n:,}" for task, n in (num_samples or {}).items()}

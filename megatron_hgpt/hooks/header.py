@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_hgpt.batching import global_batch_size, num_micro_batches
-from megatron_hgpt.hooks.figures import plural
+from megatron_hgpt.batching import global_batch_size, length_in_epochs, num_micro_batches
+from megatron_hgpt.rounding import plural
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -49,12 +49,17 @@ def header_lines(
         ("data", f"{_samples(loader.num_samples)} in {', '.join(config.data.train)}; {_packing(config)}"),
         ("validation", _validation(config, validation)),
         ("batch", _batch(config, context.dp_size)),
-        ("length", f"{total_steps:,} steps = {total_steps / loader.steps_per_epoch:.3g} epochs"),
+        ("length", length_in_epochs(config, total_steps, loader.epoch_size)),
         *_places(config),
     ]
     if config.checkpoint.init_from:
         rows.insert(1, ("starts from", ", ".join(config.checkpoint.init_from)))
+    elif not training.stage.startswith("stage1"):
+        rows.insert(1, ("starts from", _NOTHING_EARLIER))
     return [f"{config.name}: training {training.stage}", *(f"  {name:<12}{text}" for name, text in rows)]
+
+
+_NOTHING_EARLIER = "nothing trained earlier: adapters and plugins are new (checkpoint.init_from names earlier stages)"
 
 
 def _layout(config: RunConfig, context: DistributedContext) -> str:

@@ -238,11 +238,18 @@ def test_the_dry_run_reads_the_length_of_an_epoch_from_the_manifests(tmp_path: P
     overrides = ["training.num_steps=null", "training.num_epochs=2", "training.micro_batch_size=2"]
     config = tiny(*overrides, f"data.train={folders}")
     # 13 comprehension and 3 generation samples: 7 + 2 micro-batches, 4 per step, so 3 steps per epoch.
-    assert "2 epochs of 16 samples: 6 steps" in describe(config, 1)
+    assert "  6 steps = 48 samples drawn = 3.0 epochs of 16\n" in describe(config, 1)
+    assert "warning" not in describe(config, 1)
     config.training.stage = "stage3_generation"
-    assert "2 epochs of 3 samples: 2 steps" in describe(config, 1)
+    assert "  2 steps = 16 samples drawn = 5.3 epochs of 3\n" in describe(config, 1)
+    assert (
+        "\nwarning: every step repeats samples: training.global_batch_size=8 and there are 3 samples; lower it, or add "
+        "data" in describe(config, 1)
+    )
     config.training.num_epochs = 0.01  # rounds to no step at all, but a run has one
-    assert "0.01 epochs of 3 samples: 1 steps" in describe(config, 1)
+    assert "  1 step = 8 samples drawn = 2.7 epochs of 3\n" in describe(config, 1)
+    config.training.num_epochs, config.training.num_steps = None, 100
+    assert "  100 steps = 800 samples drawn = 266.7 epochs of 3\n" in describe(config, 1)
     (tmp_path / "a" / "manifest.json").write_text("{}")
     assert "unreadable manifest" in describe(config, 1)
 
