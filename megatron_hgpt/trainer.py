@@ -193,9 +193,11 @@ class Trainer:
         self._announce_checkpoints(wait=stop or is_last or validate)
         if validate:
             self.validate()
-            stop = self._agree_to_stop()
+        if not stop and (save or validate):
+            stop = self._agree_to_stop()  # a signal that came meanwhile costs no further step
             if stop and not save:
                 self._save()
+            if stop:
                 self._announce_checkpoints(wait=True)
         return stop
 

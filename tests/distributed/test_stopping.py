@@ -64,6 +64,11 @@ class Careless(Hook):
         raise ValueError("this hook cannot cope")
 
 
+class SignalInSave(Hook):
+    def on_checkpoint_saved(self, state: TrainState, checkpoint: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def make_trainer(backbone: Path, folder: Path, hooks: list[Hook], save_interval: int, **training: int) -> Trainer:
     from megatron_hgpt import distributed
 
@@ -83,6 +88,8 @@ def fit(backbone: Path, folder: Path, event: str, save_interval: int) -> tuple[l
     logging.getLogger("megatron_hgpt.trainer").addHandler(handler)
     recorder = Recorder()
     trainer = make_trainer(backbone, folder, [MetricsHook(), Careless(), recorder], save_interval)
+    if event == "signal in save" and trainer.context.rank == 1:
+        trainer.hooks.append(SignalInSave())
     trainer.validation = HeldOut(trainer.context.rank, event)  # type: ignore[assignment]
     if event == "fails":
         with pytest.raises(DataError, match="a bad sample"):
@@ -124,6 +131,12 @@ def test_a_signal_during_validation_ends_the_run_at_once(
         assert lines == [*left_out, "stopped by a signal after step 2; start again to resume"]
     assert (tmp_path / "validation.jsonl").exists() == (number == 2), "no half figures"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_signal_during_a_save_costs_no_further_step(backbone: Path, tmp_path: Path) -> None:
+    for calls, lines in run_ranks(fit, 2, backbone, tmp_path, "signal in save", 1):
+        assert calls == ["step 1", "checkpoint 1", "end"]
+        assert lines == ["stopped by a signal after step 1; start again to resume"]
 
 
 def refused_start(backbone: Path, folder: Path) -> tuple[str, str]:
