@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
+import math
 import re
 import signal
 import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,9 +36,16 @@ RANK_ERROR_DELAY_S = 30.0
 """Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
 says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of writing that name no file."""
+
 
 class UsageError(HealthGPTError):
     """The command line itself is wrong: an unknown command or option, a missing or malformed argument."""
+
+
+class FileError(HealthGPTError):
+    """The system refuses a file or a folder: no permission, no room, a file where a folder should be."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hgpt config | head`: the reader has gone, and there is nothing left to flush to
         sys.stdout = None  # type: ignore[assignment]
         return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        name = "a file" if error.filename is None else error.filename
+        problem = FileError(f"cannot read or write {name}: {error.strerror}")
+        problem.__cause__ = error
+        return report_error(problem, verbose="--verbose" in words)
 
 
 def usage() -> str:
@@ -173,7 +189,10 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
 
     Several mistakes in one configuration (`errors.raise_problems`) have a line each.
     """
-    rank = rank_from_environment()
+    try:
+        rank = rank_from_environment()
+    except ConfigError:  # the error itself, then
+        rank = 0
     if rank:
         # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
         signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
@@ -278,6 +297,21 @@ def at_least(limit: int) -> Any:
             number = limit - 1
         if number < limit:
             raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {limit}")
+        return number
+
+    return parse
+
+
+def real(what: str, is_valid: Callable[[float], bool]) -> Any:
+    """The type of an option that is a number, `what` in words."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not is_valid(number):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what}")
         return number
 
     return parse

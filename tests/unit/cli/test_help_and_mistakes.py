@@ -61,7 +61,18 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["cache-features", "--preset", "tiny", "--dataset", "empty", "--depths", "all"], "invalid choice: 'all'"),
     (["generate", "--checkpoint", "run"], "the following arguments are required: --question"),
     (["generate", "--checkpoint", "run", "--question", "CT?", "--image", "no.png"], "--image no.png is not a file"),
+    (["generate", "--checkpoint", "run", "--question", "CT?", "--image", "records.json"], "records.json"),
+    (["generate", "--checkpoint", "run", "--question", "<image> CT?"], "--question has 1 <image> for 0 --image"),
+    (["generate", "--checkpoint", "run", "--question", "?", "--draw", "a.txt"], "a.txt: .txt is not a picture's"),
+    (["generate", "--checkpoint", "run", "--question", "?", "--draw", "a"], "--draw a: no ending is not a picture's"),
+    *[(["generate", "--checkpoint", "run", "--question", "?", name, value], f"{value!r} must be a")
+      for name, value in (("--temperature", "-1"), ("--temperature", "inf"), ("--temperature", "nan"), ("--top-k", "-1"), ("--top-p", "0"),
+                          ("--top-p", "1.1"), ("--top-p", "x"))],
     (["evaluate", "--checkpoint", "run", "--data", "no.json", "--output", "out"], "--data no.json is not a file"),
+    (["evaluate", "--checkpoint", "run", "--data", "a/x.json", "--data", "b/x.json", "--output", "out"],
+     "--data a/x.json and b/x.json would both be split 'x'"),
+    (["report", "--out", "records.json/page.html", "--note", "a=b", "--evaluation", "x=evaluation"],
+     "cannot read or write records.json"),
     (["report", "--out", "page.html"], "the report would be empty"),
     (["report", "--out", "page.html", "--run", "nowhere"], "nowhere"),
     (["report", "--out", "page.html", "--note", "text"], "'text' is not of the form NAME=VALUE"),
@@ -100,6 +111,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     (folder / "empty").mkdir()
     (folder / "run" / "step_00000001").mkdir(parents=True)
     (folder / "records.json").write_text("[]")
+    summary = {"vqa": [], "images": []}
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "results.json").write_text(json.dumps({"split": "x", "summary": summary, **summary}))
     done = subprocess.run(
         [sys.executable, "-c", EVERY_CASE, json.dumps([arguments for arguments, _ in MISTAKES])],
         cwd=folder, env=_environment(), capture_output=True, text=True, timeout=300,
@@ -122,7 +136,7 @@ def test_a_mistake_is_one_line_and_status_2(case: int, outcomes: list[Any]) -> N
     several = re.match(r"ConfigError: (\d+) problems\n", err)
     assert err.count("\n") == (1 + int(several[1]) if several else 1) and err.endswith("\n"), err
     assert MISTAKES[case][1] in err
-    assert err.split(":")[0] in ("ConfigError", "DataError", "CheckpointError", "UsageError")
+    assert err.split(":")[0] in ("ConfigError", "DataError", "CheckpointError", "UsageError", "FileError")
 
 
 def test_every_command_is_in_the_table_of_mistakes() -> None:
