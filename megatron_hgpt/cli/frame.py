@@ -51,11 +51,20 @@ class FileError(HealthGPTError):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are exceptions with the nearest option's name, and not the usage text."""
 
+    words: Sequence[str] = ()
+    """What is being parsed."""
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         hint = ""
-        if unknown := re.match(r"unrecognized arguments: (-\S+)", message):
-            hint = did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
+        unknown = [word for word in message.split() if word.startswith("-")]
+        if message.startswith("unrecognized arguments: ") and unknown:
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            if any(action.dest == "overrides" for action in self._actions):
+                from megatron_hgpt.cli.megatron_options import as_overrides
+
+                overrides = as_overrides(unknown, self.words)
+                hint = f"; write {' '.join(overrides)}" if overrides else hint
         raise UsageError(f"{self.prog}: {message}{hint or f'; see {self.prog} --help'}")
 
 
@@ -70,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words[:1] == ["help"] and len(words) > 1:
+            return run_command(words[1], ["--help"])
         if not words or words[0] in ("-h", "--help", "help"):
             sys.stdout.write(usage())
             return 0
@@ -151,10 +162,16 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise UsageError(f"hgpt: command {name!r} is unknown{hint}")
+    parser = build_parser(name)
+    parser.words = argv
     try:
-        arguments = build_parser(name).parse_intermixed_args(list(argv))
+        arguments = parser.parse_intermixed_args(list(argv))
     except SystemExit as ended:  # --help has printed its text
         return int(ended.code or 0)
+    if hasattr(arguments, "config"):
+        for word in arguments.overrides:
+            if "=" not in word and Path(word).is_file():
+                raise UsageError(f"hgpt {name}: {word} is a file; write --config {word}")
     arguments.argv = list(argv)
     command = command_named(name)
     silence_known()

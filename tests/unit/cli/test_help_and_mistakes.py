@@ -51,6 +51,14 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--preset", "tiny", "--dry-run", "training.num_steps=1", "parallel.tensor_model_parallel_size=3",
       "model.vocabulary.pad_to_multiple=192"], "use 1, 2, 4"),
     (["train", "--preset", "tiny", "--dry-run", "training.num_steps=1", "optimizer.lr=-1"], "optimizer.lr"),
+    (["train", "--lr", "1e-4", "--tensor-model-parallel-size=2", "--sequence-parallel", "--train-iters", "9"],
+     "write optimizer.lr=1e-4 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true "
+     "training.num_steps=9\n"),
+    (["train", "--save", "runs/a", "--load", "runs/b", "--micro-batch-size", "4"],
+     "write checkpoint.directory=runs/a 'checkpoint.init_from=[runs/b]' training.micro_batch_size=4\n"),
+    (["report", "--out", "page.html", "--lr", "1"], "unrecognized arguments: --lr"),
+    (["train", "records.json"], "hgpt train: records.json is a file; write --config records.json"),
+    (["help", "trian"], "did you mean train?"),
     (["preprocess", "--input", "records.json"], "the following arguments are required: --output"),
     (["preprocess", "--preset", "tiny", "--input", "nowhere.json", "--output", "out"], "nowhere.json is not a file"),
     (["preprocess", "--input", "records.json", "--output", "out", "--workers", "many"],
@@ -66,7 +74,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "--checkpoint", "run", "--question", "?", "--draw", "a.txt"], "a.txt: .txt is not a picture's"),
     (["generate", "--checkpoint", "run", "--question", "?", "--draw", "a"], "--draw a: no ending is not a picture's"),
     *[(["generate", "--checkpoint", "run", "--question", "?", name, value], f"{value!r} must be a")
-      for name, value in (("--temperature", "-1"), ("--temperature", "inf"), ("--temperature", "nan"), ("--top-k", "-1"), ("--top-p", "0"),
+      for name, value in (("--temperature", "-1"), ("--temperature", "inf"), ("--temperature", "nan"),
+                          ("--top-k", "-1"), ("--top-p", "0"),
                           ("--top-p", "1.1"), ("--top-p", "x"))],
     (["evaluate", "--checkpoint", "run", "--data", "no.json", "--output", "out"], "--data no.json is not a file"),
     (["evaluate", "--checkpoint", "run", "--data", "a/x.json", "--data", "b/x.json", "--output", "out"],
@@ -74,7 +83,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["report", "--out", "records.json/page.html", "--note", "a=b", "--evaluation", "x=evaluation"],
      "cannot read or write records.json"),
     (["report", "--out", "page.html"], "the report would be empty"),
-    (["report", "--out", "page.html", "--run", "nowhere"], "nowhere"),
+    (["report", "--out", "page.html", "--run", "nowhere"],
+     "DataError: nowhere/metrics.jsonl: cannot be read (No such file or directory); give"),
     (["report", "--out", "page.html", "--note", "text"], "'text' is not of the form NAME=VALUE"),
     (["plan"], "name a model: --preset healthgpt_m3"),
     (["plan", "--preset", "healthgpt_l14", "--gpu", "h300"], "--gpu 'h300' is unknown"),
@@ -140,7 +150,7 @@ def test_a_mistake_is_one_line_and_status_2(case: int, outcomes: list[Any]) -> N
 
 
 def test_every_command_is_in_the_table_of_mistakes() -> None:
-    assert set(COMMANDS) <= {arguments[0] for arguments, _ in MISTAKES}
+    assert {*COMMANDS} <= {arguments[0] for arguments, _ in MISTAKES}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -153,6 +163,7 @@ def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str], monke
     assert max(map(len, lines)) <= 100
     assert f"hgpt {name}" in "\n".join(lines[2:]), "an example"
     assert "\n" not in command_named(name).HELP
+    assert "tools/" not in command_named(name).EXAMPLES
 
 
 def test_the_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +172,8 @@ def test_the_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 40 and max(map(len, lines)) <= 100
         assert all(any(line.split()[:1] == [name] for line in lines) for name in COMMANDS)
+    assert main(["help", "train"]) == 0
+    assert capsys.readouterr().out.startswith("usage: hgpt train ")
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("megatron_hgpt ")
 
