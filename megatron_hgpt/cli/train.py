@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         from megatron_hgpt.cli.processes import run_processes
 
         return run_processes(processes, nodes, ["train", *arguments.argv])
-    from megatron_hgpt.train import main
+    from megatron_hgpt.run_stage import main
 
     main(config)
     return 0
