@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     train: Path | None = arguments.baseline
     if train is not None:
         frame.require_file(train, "--baseline")
+    arguments.output.mkdir(parents=True, exist_ok=True)  # refused now, and not after the last answer
     from megatron_hgpt import distributed
     from megatron_hgpt.evaluation.runner import evaluate, majority_baseline
     from megatron_hgpt.evaluation.store import save_results

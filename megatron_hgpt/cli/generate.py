@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         frame.require_file(file, "--image")
     if arguments.draw:
         check_drawn(arguments.draw)
+        arguments.draw.parent.mkdir(parents=True, exist_ok=True)
     question = complete_question(arguments.question, len(arguments.image))
     pictures = read_pictures(arguments.image)
     from megatron_hgpt import distributed
@@ -125,7 +126,6 @@ def run(arguments: argparse.Namespace) -> None:
             (result,) = loaded.generator.answer([prompt], max_new_tokens=arguments.max_new_tokens, sampling=sampling)
         if rank_from_environment() == 0:  # every tensor-parallel rank has the same result
             if arguments.draw:
-                arguments.draw.parent.mkdir(parents=True, exist_ok=True)
                 image.save(arguments.draw)
             frame.write(result)
     finally:

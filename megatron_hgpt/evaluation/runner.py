@@ -6,7 +6,7 @@ Samples are split over data-parallel ranks; rank 0 gathers, in file order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,16 +39,42 @@ def read_samples(path: Path, image_root: Path) -> tuple[list[Sample], dict[str, 
         try:
             samples.append(parse_record(record, image_root, default_id=str(number)))
         except SkipSample as error:
-            skipped[error.reason] = skipped.get(error.reason, 0) + 1
-            if skipped[error.reason] <= SHOWN_PER_REASON:
-                logger.warning("record %s skipped: %s", record_id(record, str(number)), error)
-    counts = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+            _skip(skipped, record_id(record, str(number)), error)
     if not samples:
-        reason = f"skipped: {counts}; check --image-root, now {image_root}" if skipped else "it holds no record"
+        reason = f"skipped: {_text_of(skipped)}; check --image-root, now {image_root}" if skipped else "it is empty"
         raise DataError(f"no usable record in {path}; {reason}")
     if skipped:
-        logger.warning("%s: %d records are used; skipped: %s", path, len(samples), counts)
+        logger.warning("%s: %d records are used; skipped: %s", path, len(samples), _text_of(skipped))
     return samples, skipped
+
+
+def readable(samples: Sequence[Sample]) -> list[Sample]:
+    """Those whose pictures can all be decoded: one damaged file does not end an evaluation."""
+    kept: list[Sample] = []
+    skipped: dict[str, int] = {}
+    for sample in samples:
+        try:
+            for picture in (*sample.images, sample.target_image):
+                if picture is not None:
+                    load_image(picture)
+        except SkipSample as error:
+            _skip(skipped, sample.sample_id, error)
+        else:
+            kept.append(sample)
+    if skipped:
+        logger.warning("%d records are used; skipped: %s", len(kept), _text_of(skipped))
+    return kept
+
+
+def _skip(skipped: dict[str, int], name: str, error: SkipSample) -> None:
+    """Count a record, and name it if it is one of the first of its reason."""
+    skipped[error.reason] = skipped.get(error.reason, 0) + 1
+    if skipped[error.reason] <= SHOWN_PER_REASON:
+        logger.warning("record %s skipped: %s", name, error)
+
+
+def _text_of(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in skipped.items())
 
 
 def majority_baseline(path: Path, image_root: Path) -> dict[str, str]:
@@ -151,9 +177,10 @@ def evaluate(
     if any(sample.target_image is not None for sample in chosen[Task.GENERATION]):
         _require_vqgan(run, path)  # before minutes of answering
     rank, size = run.context.dp_rank, run.context.dp_size
+    own = {task: readable(members[rank::size]) for task, members in chosen.items()}
     mine: tuple[list[Any], list[Any]] = (
-        answer_samples(run, chosen[Task.COMPREHENSION][rank::size], max_new_tokens=max_new_tokens, baseline=baseline),
-        draw_samples(run, chosen[Task.GENERATION][rank::size]),
+        answer_samples(run, own[Task.COMPREHENSION], max_new_tokens=max_new_tokens, baseline=baseline),
+        draw_samples(run, own[Task.GENERATION]),
     )
     if run.context.world_size == 1:
         return mine

@@ -75,5 +75,15 @@ def test_a_wrong_image_root_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no usable record in .*skipped: missing_image 5; check --image-root"):
         evaluate(loaded(), path, tmp_path / "elsewhere")
     path.write_text("[]")
-    with pytest.raises(DataError, match="it holds no record"):
+    with pytest.raises(DataError, match="it is empty"):
         read_samples(path, tmp_path)
+
+
+def test_a_damaged_picture_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_records(tmp_path)
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([{**records[0], "image": "b.png", "id": "damaged"}, *records]))
+    (tmp_path / "b.png").write_bytes(b"\x89PNG not really")
+    results = evaluate(loaded(), path, tmp_path)
+    assert results is not None and len(results[0]) == 2
+    assert any("record damaged skipped: unreadable_image" in message for message in caplog.messages)
