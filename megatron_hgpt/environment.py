@@ -9,13 +9,21 @@ from megatron_hgpt.errors import ConfigError
 
 
 def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes torchrun started; 1 without torchrun.
+
+    Raises:
+        ConfigError: WORLD_SIZE is no such number.
+    """
+    return _count("WORLD_SIZE") or 1
 
 
 def rank_from_environment() -> int:
-    """Global rank of this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """Global rank of this process; 0 without torchrun.
+
+    Raises:
+        ConfigError: RANK is no such number.
+    """
+    return _count("RANK", at_least=0) or 0
 
 
 def started_by_torchrun() -> bool:
@@ -60,7 +68,7 @@ def _count(name: str, at_least: int = 1) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdigit() or int(text) < at_least:
+    if not text.isdecimal() or int(text) < at_least:
         raise ConfigError(f"{name}={text!r} must be a whole number of at least {at_least}")
     return int(text)
 

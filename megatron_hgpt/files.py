@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.errors import DataError, HealthGPTError
+from megatron_hgpt.errors import DataError, HealthGPTError, reason_of
 
 Json = dict[str, Any]
 """An object of a JSON file: what it holds is checked where it is read."""
@@ -58,7 +58,7 @@ def read_json(path: Path, error: type[HealthGPTError] = DataError) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise error(f"cannot read {path}: {problem}") from problem
+        raise error(f"cannot read {path}: {reason_of(problem)}") from problem
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}, not an object")
     return content

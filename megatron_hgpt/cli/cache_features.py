@@ -12,7 +12,7 @@ from megatron_hgpt.errors import ConfigError
 HELP = "run the frozen vision tower once over the pictures of dataset folders"
 EXAMPLES = """
 hgpt cache-features --config my_run.yaml
-torchrun --nproc-per-node 8 tools/cache_features.py --config my_run.yaml
+torchrun --nproc-per-node 8 -m megatron_hgpt cache-features --config my_run.yaml
 """
 NOTES = """
 Each dataset folder gets a sub-folder (default: features); train with data.feature_cache=features. A folder that is

@@ -21,8 +21,9 @@ import yaml
 from megatron_hgpt.config_io import dump, load_config
 from megatron_hgpt.demo.assets import build_assets, say
 from megatron_hgpt.demo.questions import EXAMPLE_QUESTION
-from megatron_hgpt.demo.summary import example, next_steps, results_table
+from megatron_hgpt.demo.summary import example, next_steps
 from megatron_hgpt.errors import HealthGPTError
+from megatron_hgpt.evaluation.table import results_table
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.report.page import write_report
 

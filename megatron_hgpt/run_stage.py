@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,18 +139,3 @@ def _image_sampler(
         )
         return None
     return image_sampler(config, model, tokenizer, context)
-
-
-class _CallableModule(types.ModuleType):
-    """This module, as the function of the same name that ``from megatron_hgpt import train`` promises.
-
-    A package's attribute is bound to a submodule as soon as anything imports it, so a function of a submodule's name
-    would be there or not depending on who imported what before.
-    """
-
-    def __call__(self, config: RunConfig) -> None:
-        """`main`."""
-        self.main(config)
-
-
-sys.modules[__name__].__class__ = _CallableModule
