@@ -75,6 +75,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["config", "--explain", "train"], "did you mean training?"),
     (["config", "--explain", "learning.rate.of.things"], "hgpt config --explain lists them"),
     (["demo", "--backbone", "gpt"], "invalid choice: 'gpt'"),
+    (["demo", "training.sed=1"], "did you mean training.seed?"),
+    (["demo", "training.seed=x"], "training.seed='x'"),
+    (["demo", "--vqgan-steps", "1"], "'1' must be a whole number of at least 2"),
+    (["demo", "--max-vqa", "-1"], "'-1' must be a whole number of at least 0"),
+    (["demo", "--max-images", "few"], "'few' must be a whole number of at least 0"),
 ]  # fmt: skip
 
 EVERY_CASE = """
