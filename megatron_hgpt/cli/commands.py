@@ -47,6 +47,7 @@ COMMANDS = {
     "plan": "plan",
     "config": "config",
     "demo": "demo",
+    "train-vqgan": "train_vqgan",
 }
 """Name -> module of this package, in the order of a project's life."""
 
