@@ -5,7 +5,6 @@ A folder is replaced only where a file of the demo says that it is the demo's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ import yaml
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump, load_config
+from megatron_hgpt.demo.assets import MARKER as ASSET_MARKER
+from megatron_hgpt.demo.assets import digest
 from megatron_hgpt.errors import ConfigError, DataError, raise_problems
 from megatron_hgpt.files import read_json, write_atomic
 from megatron_hgpt.model_folders import load_resolved
@@ -28,7 +29,7 @@ STAGES = tuple(PREVIOUS)
 INPUTS = {"train": "train", "held-out": "test"}
 """Dataset folder -> its records' name among the assets."""
 MARKER = "demo_config.yaml"
-"""In a stage's folder: the format of its checkpoints and the resolved configuration that it runs with."""
+"""In a stage's folder: the format of its checkpoints, what it was made from, and its resolved configuration."""
 OWN_KEYS = (
     "output_dir",
     "data.train",
@@ -119,7 +120,8 @@ def write_stage_config(
 ) -> Path:
     """Write the configuration of one stage over the shipped one; returns its file.
 
-    A stage that ran with another configuration, or left checkpoints of another format, starts afresh.
+    A stage starts afresh where its last run had another configuration, other assets or another stage before it, or left
+    checkpoints of another format.
 
     Raises:
         DataError: the stage's folder is not the demo's.
@@ -136,13 +138,23 @@ def write_stage_config(
     }
     path = output / f"{stage}.yaml"
     write_atomic(path, yaml.safe_dump(values, sort_keys=False))
-    marker = f"# checkpoint format {FORMAT_VERSION}\n{dump(load_resolved(path, overrides))}"
-    folder = output / stage
-    if not _is_current(folder, marker):
-        if folder.exists():
-            shutil.rmtree(folder)
-        write_atomic(folder / MARKER, marker)
+    inputs = sorted((output / "assets").glob(f"*/{ASSET_MARKER}"))
+    inputs += [output / previous / MARKER] if previous and (output / previous / MARKER).is_file() else []
+    head = f"# checkpoint format {FORMAT_VERSION}, inputs {digest(*inputs)}\n"
+    marker = head + dump(load_resolved(path, overrides))
+    if not _is_current(output / stage, marker):
+        _empty(output / stage)
+        write_atomic(output / stage / MARKER, marker)
     return path
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a stage left; its marker stays, so that the folder is the demo's even if this is interrupted."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
 
 
 def dataset_settings(config: Path, overrides: Sequence[str], records: Path) -> dict[str, Any]:
@@ -152,7 +164,7 @@ def dataset_settings(config: Path, overrides: Sequence[str], records: Path) -> d
     read = ((model.vq.path, "last.ckpt"), (model.tokenizer or model.backbone, "tokenizer.json"))
     files = [records, *(Path(folder) / name for folder, name in read if folder)]
     return {
-        "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()},
+        "files": {file.name: digest(file) for file in files if file.is_file()},
         "template": model.template,
         "system_prompt": model.system_prompt,
         "max_seq_length": model.max_seq_length,

@@ -60,7 +60,7 @@ def test_a_folder_of_somebody_else_is_refused_and_stays(
     assert (tmp_path / name / "metrics.jsonl").read_text() == "precious"
 
 
-def test_a_stage_starts_afresh_when_its_configuration_or_the_checkpoint_format_changed(
+def test_a_stage_starts_afresh_when_something_that_it_depends_on_changed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept = tmp_path / "stage2" / "metrics.jsonl"
@@ -75,6 +75,12 @@ def test_a_stage_starts_afresh_when_its_configuration_or_the_checkpoint_format_c
     assert kept.exists()
     write("training.num_steps=7")
     assert not kept.exists()
+    for changed in (f"assets/vqgan/{assets.MARKER}", f"stage1/{stage_configs.MARKER}"):
+        kept.write_text("made from something else")
+        (tmp_path / changed).parent.mkdir(parents=True)
+        (tmp_path / changed).write_text("{}")
+        write("training.num_steps=7")
+        assert not kept.exists()
     kept.write_text("of an older format")
     monkeypatch.setattr(description, "FORMAT_VERSION", description.FORMAT_VERSION + 1)
     write("training.num_steps=7")
