@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_hgpt.errors import ConfigError
@@ -34,6 +35,11 @@ def started_by_torchrun() -> bool:
 def error_file_from_environment() -> str | None:
     """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
+def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with variables added or replaced, for a child process."""
+    return {**os.environ, **variables}
 
 
 @dataclass(frozen=True, kw_only=True)

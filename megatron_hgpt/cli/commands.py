@@ -37,7 +37,18 @@ class Command(Protocol):
         """
 
 
-COMMANDS = ("preprocess", "cache-features", "train", "generate", "evaluate", "report", "plan", "config", "demo")
+COMMANDS = (
+    "preprocess",
+    "cache-features",
+    "train",
+    "generate",
+    "evaluate",
+    "report",
+    "plan",
+    "config",
+    "demo",
+    "train-vqgan",
+)
 """In the order of a project's life; each is the module of its name in this package, with _ for -."""
 
 

@@ -100,6 +100,17 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["config", "--explain", "train"], "did you mean training?"),
     (["config", "--explain", "learning.rate.of.things"], "hgpt config --explain lists them"),
     (["demo", "--backbone", "gpt"], "invalid choice: 'gpt'"),
+    (["demo", "training.sed=1"], "did you mean training.seed?"),
+    (["demo", "training.seed=x"], "training.seed='x'"),
+    (["demo", "--vqgan-steps", "1"], "'1' must be a whole number of at least 2"),
+    (["demo", "--max-vqa", "-1"], "'-1' must be a whole number of at least 0"),
+    (["demo", "--max-images", "few"], "'few' must be a whole number of at least 0"),
+    (["train-vqgan", "--images", "empty"], "the following arguments are required: --output"),
+    (["train-vqgan", "--images", "empty", "--output", "out", "--num-codes", "0"],
+     "'0' must be a whole number of at least 1"),
+    (["train-vqgan", "--images", "empty", "--output", "out", "--resolution", "20"], "resolution=20 must be a positive"),
+    (["train-vqgan", "--images", "nowhere", "--output", "out"], "nowhere does not exist; name a folder"),
+    (["train-vqgan", "--images", "empty", "--output", "out"], "no picture in empty"),
 ]  # fmt: skip
 
 EVERY_CASE = """
@@ -202,7 +213,8 @@ def test_the_entry_point_and_the_module_are_the_same_command() -> None:
 @pytest.mark.parametrize(
     ("tool", "command"),
     [("preprocess_vl_health", "preprocess"), ("cache_features", "cache-features"), ("evaluate", "evaluate"),
-     ("generate", "generate"), ("make_report", "report"), ("plan", "plan"), ("run_demo", "demo")],
+     ("generate", "generate"), ("make_report", "report"), ("plan", "plan"), ("run_demo", "demo"),
+     ("train_vqgan", "train-vqgan")],
 )  # fmt: skip
 def test_a_tool_is_its_command(tool: str, command: str) -> None:
     path = ROOT / "tools" / f"{tool}.py"
