@@ -1,16 +1,16 @@
 """One run described by nested dataclasses; see `megatron_hgpt.config_io` for YAML, presets and dotted overrides.
 
 Numbers carry their unit in the name or in the docstring; choices and ranges are part of a field's type (`Literal`,
-`Annotated` with one of the bounds below) and are checked by `config_io` when a value is read. Nothing here starts a
-process group or touches a device.
+`Annotated` with one of `megatron_hgpt.bounds`) and are checked by `config_io` when a value is read. Nothing here starts
+a process group or touches a device.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from megatron_hgpt.bounds import Above, AtLeast, Below, Within
 from megatron_hgpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,67 +32,6 @@ Implementation = Literal["auto", "local", "transformer_engine"]
 Place = Literal["none", "cpu"]
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    """A finite number, `minimum` or more."""
-
-    minimum: float
-
-    def __str__(self) -> str:
-        return f"at least {self.minimum:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
-        return math.isfinite(value) and value >= self.minimum
-
-
-@dataclass(frozen=True)
-class Above:
-    """A finite number greater than `minimum`."""
-
-    minimum: float
-
-    def __str__(self) -> str:
-        return f"above {self.minimum:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
-        return math.isfinite(value) and value > self.minimum
-
-
-@dataclass(frozen=True)
-class Within:
-    """From `low` to `high`, both included."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
-        return self.low <= value <= self.high
-
-
-@dataclass(frozen=True)
-class Below:
-    """From `low`, included, to `high`, excluded."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"at least {self.low:g} and below {self.high:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
-        return self.low <= value < self.high
-
-
-Bound = AtLeast | Above | Within | Below
-
-
 def _resolved(name: str, value: int | None) -> int:
     if value is None:
         raise ConfigError(f"{name} is not known: set it, or name the folder that says it")
@@ -111,6 +50,10 @@ class HLoRAPluginConfig:
     """k: every expert is active for every token, weighted by the router."""
     dropout: Annotated[float, Below(0, 1)] = 0.05
     """Probability, on the rank axis, after A. A stage may set its own (stage-1 comprehension: 0)."""
+
+
+PLUGIN_SIZES = ("lora_rank", "alpha", "num_experts")
+"""Options of a plugin that belong together: other models have others."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -200,7 +143,9 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder of the tokenizer; None means the backbone's folder."""
     template: TemplateName | None = None
-    """How a conversation becomes text. None: plain in stage1_comprehension, elsewhere the tokenizer's chat template."""
+    """How a conversation becomes text. None: plain in stage1_comprehension, in every other stage `chat_template`."""
+    chat_template: TemplateName | None = None
+    """The template that the backbone was made for; None tells it from the tokenizer."""
     system_prompt: str | None = None
     """System message of the template; None means the template's own."""
     max_seq_length: Annotated[int, AtLeast(1)] = 2048
@@ -269,6 +214,7 @@ class DataConfig:
     pack_length: Annotated[int, AtLeast(1)] | None = None
     """Tokens of a packed row at most; None takes model.max_seq_length."""
     shuffle: bool = True
+    """Draw a new order of the samples in every epoch, from the seed; false keeps that of the datasets."""
     num_workers: Annotated[int, AtLeast(0)] = 2
     """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
     max_image_side: Annotated[int, AtLeast(0)] = 0
@@ -293,9 +239,13 @@ class OptimizerConfig:
     min_lr_ratio: Annotated[float, Within(0, 1)] = 0.0
     """Learning rate at the end of the decay, as a share of the peak."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    """AdamW's decoupled decay of all trained parameters; must be 0 while training.new_rows=rows."""
     adam_beta1: Annotated[float, Below(0, 1)] = 0.9
+    """Decay of the mean of gradients per step."""
     adam_beta2: Annotated[float, Below(0, 1)] = 0.999
+    """Decay of the mean of squared gradients per step."""
     adam_eps: Annotated[float, AtLeast(0)] = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """Global gradient norm; 0 turns clipping off."""
     cpu_offload: bool = False
@@ -309,7 +259,9 @@ class TrainingConfig:
     """How long and how wide to train."""
 
     stage: StageName = "stage3_joint"
-    """A row of `megatron_hgpt.stages.STAGES`."""
+    """What is trained, on which samples. stage1_comprehension: the abstract adapter. stage1_generation: the concrete
+    adapter, the generation plugin, the image tokens' rows. stage2: embeddings and head, on both tasks.
+    stage3_comprehension, stage3_generation: the task's plugin and adapter. *_joint: both tasks in one run."""
     num_steps: Annotated[int, AtLeast(1)] | None = None
     """Optimizer steps; None lets num_epochs decide. At most one of the two is set."""
     num_epochs: Annotated[float, Above(0)] | None = None
@@ -361,11 +313,13 @@ class LoggingConfig:
     """Optimizer steps between records on the console, in metrics.jsonl and in TensorBoard; the first and the last step
     always get one."""
     tensorboard: bool = True
+    """Write the figures to <output_dir>/tensorboard as well."""
     sample_images_interval_steps: Annotated[int, AtLeast(0)] = 0
     """Optimizer steps between sample images in TensorBoard; 0 draws none."""
     num_sample_images: Annotated[int, AtLeast(1)] = 4
     """Images drawn each time."""
     progress_bar: bool = True
+    """Show a moving bar where the console is a terminal; elsewhere there are lines."""
     wandb_project: str | None = None
     """Project of Weights & Biases that the run is logged to; None logs nothing there."""
     mlflow_experiment: str | None = None
@@ -377,6 +331,7 @@ class RunConfig:
     """One training run of one stage."""
 
     name: str = "run"
+    """What the run is called in its messages and in trackers."""
     output_dir: str = "runs/run"
     """Everything the run writes: checkpoints, TensorBoard, metrics.jsonl, resolved config."""
     model: ModelConfig = field(default_factory=ModelConfig)

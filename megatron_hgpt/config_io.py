@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from megatron_hgpt.config import Bound, RunConfig
+from megatron_hgpt.bounds import Bound
+from megatron_hgpt.config import PLUGIN_SIZES, RunConfig
 from megatron_hgpt.errors import ConfigError, did_you_mean, raise_problems
 from megatron_hgpt.files import write_atomic
 
@@ -35,10 +36,10 @@ def preset_names() -> list[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """A value that cannot be read."""
+    """What cannot be read."""
 
     field: str
-    """Dotted name."""
+    """Dotted name of the option that keeps its default therefore; empty where it concerns none (an unknown key)."""
     message: str
 
 
@@ -60,20 +61,51 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), p
 
 
 def read_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, list[Problem]]:
     """As `load_config`, with what cannot be read left at its default and returned as problems.
 
+    Args:
+        path, overrides, preset: as there.
+        defaults: values beneath all of these, in place of the fields' own; as a file has them.
+
     Raises:
-        ConfigError: a file, preset or override as a whole cannot be read.
+        ConfigError: a file or preset as a whole cannot be read.
     """
     problems: list[Problem] = []
-    values = _read_preset(preset, problems) if preset else {}
+    refilled: set[str] = set()
+    values = _checked(RunConfig, defaults or {}, "", "", problems)
+    if preset:
+        values = _merge(values, _read_preset(preset, problems, refilled), refilled)
     if path is not None:
-        values = _merge(values, _read_file(Path(path), (), problems))
+        values = _merge(values, _read_file(Path(path), (), problems, refilled), refilled)
     for override in overrides:
-        values = _merge(values, _parse_override(override, problems))
+        values = _merge(values, _parse_override(override, problems), refilled)
+    _refuse_parts(values, refilled, problems)
     return _construct(RunConfig, values), problems
+
+
+def _refuse_parts(values: dict[str, Any], refilled: set[str], problems: list[Problem]) -> None:
+    """A part of a plugin over one that is null would take its other sizes from another model: it stays null."""
+    for name in sorted(refilled):
+        *sections, last = name.split(".")
+        holder: Any = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, Mapping) else None
+        plugin = holder.get(last) if isinstance(holder, dict) else None
+        if isinstance(plugin, Mapping) and (missing := [key for key in PLUGIN_SIZES if key not in plugin]):
+            holder[last] = None
+            problems.append(
+                Problem(
+                    name,
+                    f"{name} is null in the preset or file beneath, and what stands over it lacks "
+                    f"{' and '.join(missing)}; give {', '.join(PLUGIN_SIZES[:-1])} and {PLUGIN_SIZES[-1]} together",
+                )
+            )
 
 
 def check_types(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
@@ -83,13 +115,13 @@ def check_types(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
     return _construct(RunConfig, values), problems
 
 
-def _read_preset(name: str, problems: list[Problem]) -> dict[str, Any]:
+def _read_preset(name: str, problems: list[Problem], refilled: set[str]) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"preset {name!r} is unknown; there are {', '.join(preset_names())}")
-    return _read_file(_PRESETS / f"{name}.yaml", (), problems)
+    return _read_file(_PRESETS / f"{name}.yaml", (), problems, refilled)
 
 
-def _read_file(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[str, Any]:
+def _read_file(path: Path, seen: tuple[Path, ...], problems: list[Problem], refilled: set[str]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to itself")
     try:
@@ -108,11 +140,12 @@ def _read_file(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> d
             raise ConfigError(f"{path}: {key}={values[key]!r} must be a name")
     beneath: dict[str, Any] = {}
     if preset := values.pop("preset", None):
-        beneath = _read_preset(preset, problems)
+        beneath = _read_preset(preset, problems, refilled)
     if base := values.pop("base", None):
-        beneath = _merge(beneath, _read_file(path.parent / base, (*seen, path.resolve()), problems))
+        under = _read_file(path.parent / base, (*seen, path.resolve()), problems, refilled)
+        beneath = _merge(beneath, under, refilled)
     # Every field has a default: each file is checked, and named, by itself.
-    return _merge(beneath, _checked(RunConfig, values, "", str(path), problems))
+    return _merge(beneath, _checked(RunConfig, values, "", str(path), problems), refilled)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:
@@ -142,14 +175,25 @@ def _repeated_key(node: yaml.Node | None) -> str | None:
     return None
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any], cls: type | None = RunConfig) -> dict[str, Any]:
-    """`above` over `below`, key by key; an empty mapping clears a field that holds one (not a whole section)."""
+def _merge(
+    below: dict[str, Any],
+    above: Mapping[str, Any],
+    refilled: set[str],
+    cls: type | None = RunConfig,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """`above` over `below`, key by key; an empty mapping clears a field that holds one (not a whole section).
+
+    Names of sections that were null and get values are added to `refilled`.
+    """
     merged = dict(below)
     for key, value in above.items():
         section = _section(cls, key)
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and (value or section):
-            merged[key] = _merge(dict(merged[key]), value, section)
+            merged[key] = _merge(dict(merged[key]), value, refilled, section, f"{prefix}{key}.")
         else:
+            if section is not None and isinstance(value, Mapping) and key in merged:
+                refilled.add(f"{prefix}{key}")
             merged[key] = value
     return merged
 
@@ -163,8 +207,13 @@ def _section(cls: type | None, key: str) -> type | None:
 def _parse_override(override: str, problems: list[Problem]) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    value = _parse_yaml(text, f"the value of override {override!r}")
+        problems.append(Problem("", f"override {override!r} is not of the form section.key=value"))
+        return {}
+    try:
+        value = _parse_yaml(text, f"the value of override {override!r}")
+    except ConfigError as error:
+        problems.append(Problem(key.strip(), str(error)))
+        return {}
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return _checked(RunConfig, value, "", "the command line", problems)
@@ -202,7 +251,7 @@ def _checked(cls: type, values: Mapping[str, Any], prefix: str, origin: str, pro
         name = f"{prefix}{key}"
         if key not in kinds:
             hint = _suggest(str(key), prefix, list(kinds))
-            problems.append(Problem(name, f"{where}unknown key {name}{hint}"))
+            problems.append(Problem("", f"{where}unknown key {name}{hint}"))
             continue
         section = _section(cls, key)
         if section is not None and isinstance(value, Mapping):
@@ -295,6 +344,10 @@ def describe_type(kind: Any) -> str:
         plain, bounds = _without_bounds(option)
         if plain is type(None):
             words.append("null")
+        elif typing.get_origin(plain) is list:
+            words.append("a list, as [data/train]")
+        elif typing.get_origin(plain) is dict:
+            words.append("a mapping, as {key: value}")
         elif typing.get_origin(plain) is typing.Literal:
             words.append("one of " + ", ".join(map(str, typing.get_args(plain))))
         else:

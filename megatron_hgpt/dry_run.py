@@ -16,7 +16,7 @@ from megatron_hgpt.batching import (
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.model.parameter_counts import count_parameters
-from megatron_hgpt.model_folders import absent_folders
+from megatron_hgpt.model_folders import PUBLISHED, absent_folders, published_variant
 from megatron_hgpt.rounding import plural
 from megatron_hgpt.stages import Stage, resolve_stage
 from megatron_hgpt.text.vocabulary import Vocabulary
@@ -66,6 +66,8 @@ def describe(config: RunConfig, world_size: int) -> str:
             for group in stage.trainable
         ),
     ]
+    if (variant := published_variant(config.model)) is not None:
+        lines.append(f"shape of the backbone           {PUBLISHED[variant]}'s, whose published values are the defaults")
     if samples and (warning := repetition_warning(config, sum(samples))):
         lines += ["", f"warning: {warning}"]
     if absent := absent_folders(config.model):

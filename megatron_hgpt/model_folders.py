@@ -9,6 +9,7 @@ Only descriptions are read, never weights.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,14 @@ from typing import Any
 
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.config import ModelConfig, RunConfig, VisionConfig, VQConfig
-from megatron_hgpt.config_io import Problem, read_config
+from megatron_hgpt.config_io import Problem, load_config, read_config
 from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, raise_problems
 from megatron_hgpt.files import read_json
+from megatron_hgpt.stages import LEARNING_RATES
 from megatron_hgpt.text.templates import TEMPLATES, chat_template_of
-from megatron_hgpt.text.tokenizer import read_tokenizer, vocabulary_of
+from megatron_hgpt.text.tokenizer import has_dummy_space, read_tokenizer, vocabulary_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CODES, DEFAULT_INDICES = 8192, 1024
 """Codebook and indices per image without a VQGAN folder: those of the OpenImages f=8 VQGAN that HealthGPT uses."""
@@ -41,6 +45,14 @@ CLIP_DEFAULTS: Mapping[str, Any] = {
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
+PUBLISHED: Mapping[str, str] = {
+    "healthgpt_m3": "HealthGPT-M3",
+    "healthgpt_l14": "HealthGPT-L14",
+    "healthgpt_xl32": "HealthGPT-XL32",
+}
+"""Preset -> the published model that it describes."""
+
+
 def load_resolved(
     path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
 ) -> RunConfig:
@@ -49,16 +61,55 @@ def load_resolved(
     Raises:
         ConfigError: one for all: values that cannot be read, folders that cannot, and values that disagree with them.
     """
-    config, read = read_config(path, overrides, preset)
+    config, read = read_run(path, overrides, preset)
     raise_problems(with_read_problems(resolve_model(config), read))
     return config
 
 
+def read_run(
+    path: str | Path | None = None, overrides: Sequence[str] = (), preset: str | None = None
+) -> tuple[RunConfig, list[Problem]]:
+    """`config_io.read_config`; for a backbone of a published shape that model's plugins and learning rates lie beneath.
+
+    Raises:
+        ConfigError: a file or preset as a whole cannot be read.
+    """
+    config, read = read_config(path, overrides, preset)
+    variant = published_variant(config.model)
+    if variant is None:
+        return config, read
+    defaults: dict[str, Any] = {"model": {"hlora": dataclasses.asdict(load_config(preset=variant).model.hlora)}}
+    if (lr := LEARNING_RATES.get((variant, config.training.stage))) is not None:
+        defaults["optimizer"] = {"lr": lr}
+    published, read = read_config(path, overrides, preset, defaults=defaults)
+    if published != config:
+        logger.info("the backbone is %s's: its published ranks and learning rates are the defaults", PUBLISHED[variant])
+    return published, read
+
+
+def published_variant(model: ModelConfig) -> str | None:
+    """The preset of the published model whose backbone has the same shape; None where no model is published for it."""
+    content: Mapping[str, Any] = model.hf_config
+    try:
+        if model.backbone is not None and (Path(model.backbone) / "config.json").is_file():
+            content = read_json(Path(model.backbone) / "config.json", CheckpointError)
+        shape = read_backbone(content)
+    except HealthGPTError:
+        return None  # which resolving the model says
+    return next((name for name in PUBLISHED if _is_same_model(load_config(preset=name).model.hf_config, shape)), None)
+
+
 def with_read_problems(problems: Sequence[str], read: Sequence[Problem]) -> list[str]:
-    """All messages; of the later ones only those that are not about a value which could not be read."""
-    names = [re.compile(rf"\b{re.escape(problem.field)}\b") for problem in read]
+    """All messages; of the later ones only those that are not about an option whose value could not be read."""
+    names = [_mention_of(problem.field) for problem in read if problem.field]
     later = [text for text in problems if not any(name.search(text) for name in names)]
     return [*(problem.message for problem in read), *later]
+
+
+def _mention_of(field: str) -> re.Pattern[str]:
+    """Finds the full dotted name in a message; a name without a dot is a word as well, and is one only before `=`."""
+    after = r"(?!\w)" if "." in field else r"(?:=|\.\w)"
+    return re.compile(rf"(?<![\w.]){re.escape(field)}{after}")
 
 
 def resolve_model(config: RunConfig) -> list[str]:
@@ -205,14 +256,17 @@ def _resolve_text(config: RunConfig) -> Iterator[str]:
         yield from _is_absent(name, folder, is_needed=model.vocabulary.text_size is None)
     elif folder is not None:
         try:
-            entries = vocabulary_of(read_tokenizer(folder)[0])
+            description, bos_token = read_tokenizer(folder)
         except HealthGPTError as error:
             yield _line(name, error)
         else:
+            entries = vocabulary_of(description)
+            if bos_token is not None and bos_token not in entries and has_dummy_space(description):
+                yield f"{name}: bos_token={bos_token!r} in {folder} is no entry of its tokenizer.json; correct it there"
             yield from _resolve_text_size(model, folder, 1 + max(entries.values()))
             yield from _resolve_template(config, folder, entries)
-    if config.training.stage == "stage1_comprehension" and model.template is None:
-        model.template = "plain"
+    if model.template is None:
+        model.template = "plain" if config.training.stage == "stage1_comprehension" else model.chat_template
 
 
 def _resolve_text_size(model: ModelConfig, folder: str, size: int) -> Iterator[str]:
@@ -233,21 +287,24 @@ def _resolve_text_size(model: ModelConfig, folder: str, size: int) -> Iterator[s
 
 
 def _resolve_template(config: RunConfig, folder: str, entries: Mapping[str, int]) -> Iterator[str]:
-    """`model.template`, from the tokenizer's control tokens, or whether the given one fits them."""
+    """`model.template`, from the tokenizer's control tokens, or whether the given ones fit them."""
     model = config.model
     try:
         family = read_backbone(model.hf_config).family
     except ConfigError:
         family = ""
     chat = chat_template_of(entries, family, _text_of(folder))
-    if model.template is not None:
-        end = TEMPLATES[model.template].end
-        if model.template != "plain" and end not in entries:
+    for field in ("template", "chat_template"):
+        given = getattr(model, field)
+        if given not in (None, "plain") and TEMPLATES[given].end not in entries:
             belongs = f"; its own is {chat}" if chat else ""
-            yield f"model.template={model.template} ends with {end}, which the tokenizer in {folder} lacks{belongs}"
-    elif config.training.stage != "stage1_comprehension":
-        model.template = chat
-        if chat is None:
+            yield (
+                f"model.{field}={given} ends with {TEMPLATES[given].end}, which the tokenizer in {folder} lacks"
+                f"{belongs}"
+            )
+    if model.template is None and config.training.stage != "stage1_comprehension":
+        model.template = model.chat_template or chat
+        if model.template is None:
             yield (
                 f"model.template cannot be told from the tokenizer in {folder}; set it to one of {', '.join(TEMPLATES)}"
             )

@@ -93,6 +93,10 @@ STAGES: Mapping[str, Stage] = {
 """Joint rows train both tasks in one run, which is this project's extension; the paper runs them apart."""
 
 
+LEARNING_RATES: Mapping[tuple[str, str], float] = {("healthgpt_l14", "stage1_generation"): 1e-4}
+"""(Preset, stage) -> `Stage.lr` of a published model that has another one than the table."""
+
+
 def resolve_stage(training: TrainingConfig) -> Stage:
     """The row of the table with the configuration's choices applied.
 

@@ -22,7 +22,7 @@ from megatron_hgpt.backbone.shape import (
 )
 from megatron_hgpt.backbone.transformer import check_override_names, transformer_config
 from megatron_hgpt.batching import data_parallel_size, global_batch_size
-from megatron_hgpt.config import HLoRAPluginConfig, RunConfig
+from megatron_hgpt.config import PLUGIN_SIZES, HLoRAPluginConfig, RunConfig
 from megatron_hgpt.config_io import Problem, check_types
 from megatron_hgpt.data.dataset import manifest_problems
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
@@ -116,6 +116,8 @@ def _run_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
         yield f"set one of training.num_steps={training.num_steps} and training.num_epochs={training.num_epochs:g} only"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
+    if not config.output_dir.strip():
+        yield f"output_dir={config.output_dir!r} names no folder; set it to where the run may write"
     if "new_rows" in stage.trainable and config.optimizer.weight_decay:
         yield "optimizer.weight_decay must be 0 while training.new_rows=rows: it would shrink the frozen rows"
     if Task.GENERATION in stage.tasks and 0 in (vq.num_codes, vq.num_indices):
@@ -228,6 +230,11 @@ def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
         yield f"model.vision.hf_config.{key}={sizes.get(key)!r} must be a positive integer"
     if wrong:
         return
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        yield (
+            f"model.vision.hf_config.num_attention_heads={sizes['num_attention_heads']} must divide hidden_size="
+            f"{sizes['hidden_size']}"
+        )
     if sizes["patch_size"] > sizes["image_size"]:
         yield (
             f"model.vision.hf_config.patch_size={sizes['patch_size']} exceeds image_size={sizes['image_size']}: "
@@ -242,7 +249,14 @@ def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
             )
 
 
-_VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
+_VISION_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 
 
 def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:
@@ -268,7 +282,10 @@ def _plugin_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
         name = f"model.hlora.{task.value}"
         plugin: HLoRAPluginConfig | None = config.model.hlora.of(task)
         if plugin is None and task in stage.tasks:
-            yield f"training.stage={config.training.stage} trains {task.value}, but {name} is null"
+            yield (
+                f"training.stage={config.training.stage} trains {task.value}, but {name} is null; give it "
+                f"{', '.join(PLUGIN_SIZES[:-1])} and {PLUGIN_SIZES[-1]}"
+            )
         if plugin is not None and plugin.lora_rank % plugin.num_experts:
             yield (
                 f"{name}.lora_rank={plugin.lora_rank} must be a multiple of num_experts={plugin.num_experts}: it is "
@@ -331,11 +348,22 @@ _TRACKERS = (("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow"
 
 
 def _missing_paths(config: RunConfig) -> Iterator[str]:
-    model, data = config.model, config.data
+    model = config.model
     for absent in absent_folders(model):
         yield f"{absent} is not a folder"
     if model.tokenizer is None and model.backbone is None:
         yield _NO_TOKENIZER
+    yield from missing_inputs(config)
+    parent = Path(config.output_dir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        yield f"output_dir={config.output_dir} cannot be written"
+
+
+def missing_inputs(config: RunConfig) -> Iterator[str]:
+    """Problems of the datasets and of the earlier stages that a run names, each in one line."""
+    data = config.data
     if not data.train:
         yield "data.train is empty: name at least one folder written by hgpt preprocess"
     for name in ("train", "validation"):
@@ -347,8 +375,3 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
     for value in config.checkpoint.init_from:
         if not Path(value).exists():
             yield f"checkpoint.init_from: {value} does not exist; train the earlier stage first"
-    parent = Path(config.output_dir).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        yield f"output_dir={config.output_dir} cannot be written"

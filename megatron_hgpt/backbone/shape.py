@@ -106,6 +106,8 @@ def _number(config: Mapping[str, Any], field: str, default: float) -> float:
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """theta from `rope_parameters` (transformers 5) or `rope_theta` (4); scaled or partial rotary is refused."""
+    if config.get("rope_theta") is not None:
+        _number(config, "rope_theta", 1.0)  # also where rope_parameters has another one, which then counts
     rope: dict[str, Any] = {"rope_theta": config.get("rope_theta"), "factor": config.get("partial_rotary_factor")}
     for section in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(section) or {}, Mapping):

@@ -41,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the dataset and say what is in it."""
-    config = frame.load(arguments)
-    for file in arguments.input:
-        frame.require_file(file, "--input")
-    from megatron_hgpt.data.preprocess_run import preprocess_run
+    from megatron_hgpt.data.preprocess_run import preprocess_problems, preprocess_run
+    from megatron_hgpt.errors import raise_problems
+    from megatron_hgpt.model_folders import read_run, resolve_model, with_read_problems
 
+    config, read = read_run(arguments.config, arguments.overrides, arguments.preset)
+    problems = [*resolve_model(config), *preprocess_problems(config, arguments.input, arguments.image_root)]
+    raise_problems(with_read_problems(problems, read))  # of the configuration, the records and the pictures at once
     options = {
         "max_consecutive_skips": arguments.max_consecutive_skips,
         "num_workers": arguments.workers,

@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int | None:
     """Train, in this process or in the ones that it starts."""
-    from megatron_hgpt.config_io import read_config
+    from megatron_hgpt.model_folders import read_run
     from megatron_hgpt.validation import find_problems
 
-    config, read = read_config(arguments.config, arguments.overrides, arguments.preset)
+    config, read = read_run(arguments.config, arguments.overrides, arguments.preset)
     nodes = nodes_from_environment()
     problems: list[str] = []
     if started_by_torchrun():
@@ -71,9 +71,12 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def _dry_run(config: RunConfig, world_size: int) -> int:
-    """What the run would be, for the processes that would start."""
+    """What the run would be, for the processes that would start, and what it would not find."""
     from megatron_hgpt.dry_run import describe
+    from megatron_hgpt.validation import missing_inputs
 
     if rank_from_environment() == 0:
         frame.write(describe(config, world_size))
+        if missing := list(missing_inputs(config)):
+            frame.write("\n".join(["", "# not here", "", *missing]))
     return 0

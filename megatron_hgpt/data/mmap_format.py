@@ -154,7 +154,11 @@ class DatasetWriter:
             DataError: no sample was written.
         """
         if not self._tasks:
-            raise DataError(f"{self.folder}: no usable sample; skipped: {self.skips or 'nothing, the input is empty'}")
+            skipped = ", ".join(f"{count} x {reason}" for reason, count in self.skips.items())
+            remedy = "check --image-root and the records" if skipped else "give records"
+            raise DataError(
+                f"{self.folder}: no usable sample; skipped: {skipped or 'nothing, the input is empty'}; {remedy}"
+            )
         for name, builder in self._builders.items():
             builder.finalize(str(self._temporary / f"{name}.idx"))
         np.save(self._temporary / "tasks.npy", np.asarray(self._tasks, np.uint8))

@@ -233,7 +233,7 @@ def _prepare(
         target = None
         if sample.target_image is not None:
             if vqgan is None:
-                raise DataError(f"record {sample_id} has a target_image; give the VQGAN that encodes it (--vqgan)")
+                raise DataError(f"record {sample_id} has a target_image; set model.vq.path to encode it")
             target = vqgan.preprocess(load_image(sample.target_image))
         images = [_store(shrink(load_image(image), options.max_image_side)) for image in sample.images]
     except SkipSample as error:

@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
-from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.text.templates import template_of
-from megatron_hgpt.text.tokenizer import TextTokenizer
-from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.errors import raise_problems
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +14,25 @@ if TYPE_CHECKING:
 
     from megatron_hgpt.config import ModelConfig, RunConfig
     from megatron_hgpt.vision.vqgan import VQGAN
+
+
+def preprocess_problems(
+    config: RunConfig, inputs: Sequence[str | Path], image_root: str | Path | None = None
+) -> list[str]:
+    """What would stop `preprocess_run` before its first record, all of it; nothing heavy is imported for that."""
+    model = config.model
+    folder, name = model.tokenizer or model.backbone, "model.tokenizer" if model.tokenizer else "model.backbone"
+    problems = []
+    if folder is None:
+        problems.append("neither model.tokenizer nor model.backbone names a folder; set one of them")
+    elif not Path(folder).is_dir():
+        problems.append(f"{name}={folder} is not a folder")
+    if model.vq.path is not None and not Path(model.vq.path).is_dir():
+        problems.append(f"model.vq.path={model.vq.path} is not a folder")
+    problems += [f"--input {path} is not a file; name one that exists" for path in inputs if not Path(path).is_file()]
+    if image_root is not None and not Path(image_root).is_dir():
+        problems.append(f"--image-root {image_root} is not a folder; name one that exists")
+    return problems
 
 
 def preprocess_run(
@@ -45,13 +60,19 @@ def preprocess_run(
         The manifest: counts, skipped records by reason, hashes.
 
     Raises:
-        ConfigError: no tokenizer, or one that does not fit the vocabulary, template or VQGAN.
+        ConfigError: a file or folder that is not there (all in one message), no tokenizer, or one that does not fit
+            the vocabulary, template or VQGAN.
         DataError: what `preprocess` refuses.
     """
+    raise_problems(preprocess_problems(config, inputs, image_root))
+    from megatron_hgpt.data.preprocess import Input, PreprocessOptions, preprocess
+    from megatron_hgpt.text.templates import template_of
+    from megatron_hgpt.text.tokenizer import TextTokenizer
+    from megatron_hgpt.text.vocabulary import Vocabulary
+
     model = config.model
     folder = model.tokenizer or model.backbone
-    if folder is None:
-        raise ConfigError("neither model.tokenizer nor model.backbone names a folder; set one of them")
+    assert folder is not None  # which is the first of the problems
     settings = PreprocessOptions(
         template=template_of(model),
         system_prompt=model.system_prompt,

@@ -1,4 +1,4 @@
-"""Mini VL-Health: two thousand samples from 160 real pictures inside installed packages, in upstream's JSON schema.
+"""Mini VL-Health: two thousand samples from 159 real pictures inside installed packages, in upstream's JSON schema.
 
 It is a demonstration and a test bed, not a benchmark. Answers state what a file's metadata or its package's
 documentation says (modality, plane, body part, sequence …), never a finding. Its held-out pictures come from the same

@@ -34,7 +34,6 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         description = {**description, "truncation": None, "padding": None}
-        has_dummy_space = _without_dummy_space(description) != description
         self._decoder = Tokenizer.from_str(json.dumps(description))
         self._template = Tokenizer.from_str(json.dumps(_without_dummy_space(description)))
         plain = _all_added_tokens_special(description)
@@ -44,7 +43,7 @@ class TextTokenizer:
             tokenizer.encode_special_tokens = True  # special strings are split into ordinary pieces
         self.vocab_size = 1 + max(self._decoder.get_vocab(with_added_tokens=True).values())
         self._control_ids = {token["id"] for token in plain["added_tokens"] if token["special"]}
-        self.bos_id = self.token_id(bos_token) if bos_token is not None and has_dummy_space else None
+        self.bos_id = self.token_id(bos_token) if bos_token is not None and has_dummy_space(description) else None
         deciding = {key: description.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         content = json.dumps([deciding, self.bos_id], sort_keys=True, ensure_ascii=False)
         self.hash = hashlib.sha256(content.encode()).hexdigest()
@@ -169,6 +168,11 @@ def vocabulary_of(description: dict[str, Any]) -> dict[str, int]:
     if isinstance(pieces, list):  # a unigram model: (piece, score) in the order of the ids
         pieces = {piece: index for index, (piece, _) in enumerate(pieces)}
     return {**pieces, **{token["content"]: token["id"] for token in description["added_tokens"]}}
+
+
+def has_dummy_space(description: dict[str, Any]) -> bool:
+    """Whether it is of sentencepiece's family: a space in front of each string, and BOS before a sequence."""
+    return _without_dummy_space(description) != description
 
 
 def _without_dummy_space(description: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,10 @@ class VQGANConfig:
             ConfigError: another model class, a field is missing, unknown or has a wrong value.
         """
         try:
-            model = yaml.safe_load(path.read_text())["model"]
+            content = yaml.safe_load(path.read_text())
+            if not isinstance(content, dict):
+                raise ConfigError(f"{path} holds a {type(content).__name__}; it needs a mapping with the key model")
+            model = content["model"]
             target, params = model["target"], model["params"]
             autoencoder = dict(params["ddconfig"])
             embed_dim, n_embed = params["embed_dim"], params["n_embed"]
@@ -53,6 +56,8 @@ class VQGANConfig:
             ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not YAML: {error}") from error
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path} lacks {error}; it needs model.target and model.params with embed_dim, n_embed, ddconfig"

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_hgpt.config import Above, AtLeast, Below, RunConfig, Within
+from megatron_hgpt.bounds import Above, AtLeast, Below, Within
+from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import check_types, dump, load_config, preset_names, read_config, save_config, to_dict
 from megatron_hgpt.errors import ConfigError
 
@@ -122,7 +123,8 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("optimizer.lr=true", "optimizer.lr=True must be float (at least 0) or null"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1 must be bool"),
         ("name=5", "name=5 must be str"),
-        ("data.train=one", "data.train='one' must be list"),
+        ("data.train=one", "data.train='one' must be a list, as [data/train]"),
+        ("data.mixture=[1]", "data.mixture=[1] must be a mapping, as {key: value}"),
         ("data.train=[1]", "data.train[0]=1 must be str"),
         ("data.mixture={generation: much}", "data.mixture.generation='much' must be float"),
         ("training=5", "training must be a section (a mapping), got 5"),
@@ -239,12 +241,37 @@ def test_lists_replace_and_dictionaries_merge(tmp_path: Path) -> None:
     assert config.data.mixture == {"comprehension": 1.0, "generation": 3.0}
 
 
-def test_a_section_that_was_null_can_be_filled_again() -> None:
-    overrides = ["model.hlora.generation=null", "model.hlora.generation.lora_rank=8"]
-    plugin = load_config(None, overrides, preset="tiny").model.hlora.generation
-    assert plugin is not None
-    assert plugin.lora_rank == 8
-    assert plugin.num_experts == 4  # what is not named is the default, not what stood there before
+def test_a_section_that_was_null_can_be_filled_again_with_all_its_sizes() -> None:
+    name = "model.hlora.generation"
+    sizes = [f"{name}.lora_rank=8", f"{name}.alpha=16", f"{name}.num_experts=2"]
+    for overrides, preset in (([f"{name}=null", *sizes], "tiny"), (sizes, "healthgpt_xl32")):
+        plugin = load_config(None, overrides, preset=preset).model.hlora.generation
+        assert plugin is not None
+        assert (plugin.lora_rank, plugin.alpha, plugin.num_experts) == (8, 16.0, 2)
+
+
+def test_a_part_of_a_plugin_over_one_that_is_null_is_refused() -> None:
+    """Its other sizes would be another model's: alpha 512 of M3 beside rank 128 of L14."""
+    message = "model.hlora.generation is null .* lacks alpha and num_experts; give lora_rank, alpha and num_experts tog"
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["model.hlora.generation.lora_rank=128"], preset="healthgpt_xl32")
+
+
+def test_values_beneath_everything_take_the_place_of_defaults() -> None:
+    beneath = {"model": {"hlora": {"comprehension": {"lora_rank": 12}}}, "optimizer": {"lr": 1e-4}}
+    config, problems = read_config(None, ["optimizer.lr=3e-4"], defaults=beneath)
+    assert (config.optimizer.lr, problems) == (3e-4, [])
+    assert config.model.hlora.comprehension is not None and config.model.hlora.comprehension.lora_rank == 12
+    config, _ = read_config(None, [], "tiny", defaults=beneath)
+    assert config.model.hlora == load_config(preset="tiny").model.hlora
+
+
+def test_a_malformed_override_hides_no_other_problem() -> None:
+    config, problems = read_config(None, ["training.seed", "training.sed=1", "training.seed=x", "name=[", "a=1"])
+    assert [problem.field for problem in problems] == ["", "", "training.seed", "name", ""]
+    assert problems[0].message == "override 'training.seed' is not of the form section.key=value"
+    assert "is not valid YAML" in problems[3].message
+    assert config == RunConfig()
 
 
 def test_all_values_that_cannot_be_read_come_in_one_message(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import _all_names, load_config
 from megatron_hgpt.config_reference import describe_type, describe_value, explain, markdown, sections
 from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.model_folders import load_resolved
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,4 +99,13 @@ def test_the_page_of_all_options_is_current(capsys: pytest.CaptureFixture[str]) 
 def test_the_resolved_configuration_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["config", "--preset", "tiny", "training.stage=stage2"]) == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
-    assert load_config(tmp_path / "resolved.yaml") == load_config(preset="tiny", overrides=["training.stage=stage2"])
+    assert load_config(tmp_path / "resolved.yaml") == load_resolved(preset="tiny", overrides=["training.stage=stage2"])
+
+
+def test_every_key_that_the_page_for_newcomers_names_exists() -> None:
+    """docs/coming_from.md: flags of Megatron-LM and LLaVA in the left column, keys in the right."""
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ") and "--" in line]
+    keys = [key for cell in cells for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", cell)]
+    assert len(keys) > 60
+    assert not set(keys) - set(_all_names(RunConfig))

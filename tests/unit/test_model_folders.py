@@ -12,13 +12,21 @@ from typing import Any
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, Phi3Config, Qwen2Config
 
+from megatron_hgpt.cli.frame import run_command
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import dump, load_config, read_config
+from megatron_hgpt.config_io import Problem, dump, load_config, preset_names, read_config
 from megatron_hgpt.demo.checkpoints import write_tiny_clip, write_tiny_phi3
 from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.model_folders import CLIP_DEFAULTS, load_resolved, resolve_model
+from megatron_hgpt.model_folders import (
+    CLIP_DEFAULTS,
+    PUBLISHED,
+    load_resolved,
+    published_variant,
+    resolve_model,
+    with_read_problems,
+)
 from megatron_hgpt.text.templates import chat_template_of
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.validation import validate
@@ -133,6 +141,8 @@ WRONG: dict[str, Callable[[Path], str]] = {
     "model.template=qwen_2": lambda root: "ends with <|im_end|>, which the tokenizer in",
     "model.max_seq_length=4096": lambda root: "model.max_seq_length=4096 exceeds the backbone's max_position_embed",
     "model.hlora.generation.lora_rank=30": lambda root: "model.hlora.generation.lora_rank=30 must be a multiple",
+    "model.chat_template=qwen_2": lambda root: "model.chat_template=qwen_2 ends with <|im_end|>, which the tokenizer",
+    "output_dir=''": lambda root: "output_dir='' names no folder; set it",
     "parallel.pipeline_model_parallel_size=3": lambda root: "1 processes cannot hold replicas of 3",
     "training.precision=fp16": lambda root: "training.precision='fp16' must be one of bf16, fp32, fp8",
     "optimizer.lr=-1": lambda root: "optimizer.lr=-1 must be float (at least 0) or null",
@@ -168,10 +178,72 @@ def test_all_wrong_values_are_named_in_one_message(folders: Path) -> None:
 
 def test_what_follows_from_an_unreadable_value_is_not_said_and_the_rest_is(folders: Path) -> None:
     message = _message(folders, ["data.train=5", "model.vq.num_code=3", "model.vq.num_codes=8192"])
-    assert "data.train=5 must be list" in message
+    assert "data.train=5 must be a list" in message
     assert "data.train is empty" not in message
     assert "unknown key model.vq.num_code; did you mean model.vq.num_codes?" in message
     assert "model.vq.num_codes=8192, but" in message  # another field than the unknown one
+
+
+def test_an_unknown_key_hides_no_message_and_a_wrong_value_only_those_of_its_own_name() -> None:
+    later = ["model.backbone=x is not a folder", "data.train is empty: name at least one folder", "name=y is long"]
+    unknown, wrong = Problem("", "unknown key a"), Problem("data.train", "data.train=5 must be a list")
+    assert with_read_problems(later, [unknown]) == [unknown.message, *later]
+    assert with_read_problems(later, [wrong]) == [wrong.message, later[0], later[2]]
+    assert with_read_problems(later, [Problem("name", "name=5")]) == ["name=5", *later[:2]]
+    assert with_read_problems(later, [Problem("data.tra", "data.tra=5")])[1:] == later
+    _, read = read_config(None, ["a=1"])
+    assert [problem.field for problem in read] == [""]
+
+
+LIKE_L14 = {
+    "architectures": ["Phi3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+    "num_attention_heads": 40, "num_key_value_heads": 10, "max_position_embeddings": 16384, "rope_theta": 250000.0,
+    "vocab_size": 100352,
+}  # fmt: skip
+
+
+def test_a_backbone_of_a_published_shape_brings_its_ranks_and_learning_rates(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LIKE_L14))
+    overrides = [f"model.backbone={tmp_path}", f"model.tokenizer={folders / 'lm'}", "training.stage=stage1_generation"]
+    config = load_resolved(folders / "run.yaml", overrides)
+    assert config.model.hlora == load_config(preset="healthgpt_l14").model.hlora != RunConfig().model.hlora
+    assert config.optimizer.lr == 1e-4
+    assert "shape of the backbone           HealthGPT-L14's" in describe(config, 1)
+    mine = [*overrides, "model.hlora.comprehension.lora_rank=16", "optimizer.lr=5e-4"]
+    config = load_resolved(folders / "run.yaml", mine)
+    assert config.model.hlora.comprehension is not None
+    assert (config.model.hlora.comprehension.lora_rank, config.model.hlora.comprehension.alpha) == (16, 64.0)
+    assert config.optimizer.lr == 5e-4
+    assert load_resolved(folders / "run.yaml", [*overrides, "training.stage=stage2"]).optimizer.lr is None
+    (tmp_path / "config.json").write_text(json.dumps({**LIKE_L14, "num_hidden_layers": 39}))
+    config = load_resolved(folders / "run.yaml", overrides)
+    assert (config.model.hlora, config.optimizer.lr) == (RunConfig().model.hlora, None)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_has_the_shape_that_it_is_told_by(preset: str) -> None:
+    assert published_variant(load_config(preset=preset).model) == preset
+    assert published_variant(load_config(preset="tiny").model) is None
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_preset_states_its_template_and_stage_1_comprehension_stays_plain(preset: str) -> None:
+    templates = []
+    for stage in ("stage1_comprehension", "stage3_comprehension"):
+        config = load_config(None, [f"training.stage={stage}"], preset)
+        assert resolve_model(config) == []
+        templates.append(config.model.template)
+    assert templates == ["plain", config.model.chat_template] and config.model.chat_template is not None
+
+
+def test_a_dry_run_names_the_data_and_checkpoints_that_are_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["data.train=[nowhere]", "checkpoint.init_from=[gone]", "training.num_steps=1"]
+    assert run_command("train", ["--preset", "tiny", "--dry-run", *overrides]) == 0
+    block = capsys.readouterr().out.split("# not here\n\n")[1].splitlines()
+    assert [line.split(";")[0] for line in block] == [
+        "data.train: nowhere holds no manifest.json",
+        "checkpoint.init_from: gone does not exist",
+    ]
 
 
 def test_all_missing_folders_are_named_in_one_message(folders: Path) -> None:
@@ -199,6 +271,13 @@ def test_a_dry_run_reads_the_folders_that_are_here_and_names_the_others(folders:
     ("folder", "file", "content", "message"),
     [
         ("lm", "config.json", "{", r"model\.backbone: cannot read .*config\.json: "),
+        (
+            "lm",
+            "tokenizer_config.json",
+            '{"bos_token": "<bos>"}',
+            r"model\.backbone: bos_token='<bos>' in .* is no entry",
+        ),
+        ("vqgan", "model.yaml", "- model", r"model\.vq\.path: .*model\.yaml holds a list; it needs a mapping"),
         ("lm", "config.json", '{"architectures": ["GPT2LMHeadModel"]}', r"model\.backbone: .*'GPT2LMHead"),
         ("lm", "tokenizer.json", "{}", r"model\.backbone: .*tokenizer\.json: no tokenizer can be loaded"),
         ("clip", "config.json", "[]", r"model\.vision\.tower: .*config\.json holds a list"),
@@ -215,6 +294,47 @@ def test_a_folder_that_cannot_be_read_is_named_in_one_line(
     text = _message(folders, [f"{key}={tmp_path / folder}"])
     assert re.match(message, text), text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "key", "value", "message"),
+    [
+        ("lm", "rope_theta", float("nan"), "model.backbone: .*rope_theta=nan is not supported"),
+        ("lm", "rope_parameters", {"rope_theta": float("nan")}, "model.backbone: .*rope_theta=nan is not supported"),
+        ("clip", "num_attention_heads", 0, "model.vision.hf_config.num_attention_heads=0 must be a positive integer"),
+        ("clip", "num_attention_heads", 3, "model.vision.hf_config.num_attention_heads=3 must divide hidden_size=128"),
+    ],
+)
+def test_a_value_of_a_folder_that_no_model_can_have_is_named(
+    folder: str, key: str, value: Any, message: str, folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / folder, tmp_path / folder)
+    content = json.loads((tmp_path / folder / "config.json").read_text())
+    for section in (content, content.get("vision_config", {})):
+        section[key] = value
+    (tmp_path / folder / "config.json").write_text(json.dumps(content))
+    name = {"lm": "model.backbone", "clip": "model.vision.tower"}[folder]
+    assert re.match(
+        message, _message(folders, [f"{name}={tmp_path / folder}", "model.tokenizer=" + str(folders / "lm")])
+    )
+
+
+def test_preprocessing_names_all_that_is_missing_in_one_message(folders: Path, tmp_path: Path) -> None:
+    overrides = ["model.backbone=absent", "model.vq.path=gone", "seed", "training.seed=x"]
+    arguments = ["--config", str(folders / "run.yaml"), "--input", "no.json", "--image-root", "nowhere"]
+    with pytest.raises(ConfigError) as caught:
+        run_command("preprocess", [*arguments, "--output", str(tmp_path / "out"), *overrides])
+    lines = str(caught.value).splitlines()
+    for expected in (
+        "override 'seed' is not of the form",
+        "training.seed='x' must be int",
+        "model.backbone=absent is not a folder",
+        "model.vq.path=gone is not a folder",
+        "--input no.json is not a file",
+        "--image-root nowhere is not a folder",
+    ):
+        assert sum(expected in line for line in lines) == 1, expected
+    assert len(lines) == 7
 
 
 def test_a_dataset_of_another_template_is_named_before_anything_is_built(folders: Path, tmp_path: Path) -> None:

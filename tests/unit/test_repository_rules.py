@@ -142,11 +142,10 @@ def config_classes(cls: type = RunConfig) -> Iterator[type]:
 
 
 SELF_EXPLANATORY = {
-    "name", "shuffle", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "tensorboard", "progress_bar", "model",
-    "parallel", "engine", "data", "optimizer", "training", "checkpoint", "logging", "vision", "vq", "vocabulary",
-    "hlora", "comprehension", "generation",
+    "model", "parallel", "engine", "data", "optimizer", "training", "checkpoint", "logging", "vision", "vq",
+    "vocabulary", "hlora", "comprehension", "generation",
 }  # fmt: skip
-"""Sections, switches, and AdamW's own names."""
+"""Sections."""
 
 
 @pytest.mark.parametrize(
@@ -199,7 +198,7 @@ def test_the_readme_s_configuration_is_valid() -> None:
     # The sizes that a user's folders would say are the preset's here.
     run = load_config(None, [override.removesuffix("\n...") for override in overrides], "healthgpt_m3")
     validate(run, 8, check_paths=False)
-    assert run.training.stage == "stage3_comprehension"
+    assert run.training.stage == "stage1_joint" and not run.checkpoint.init_from
 
 
 def test_the_continuous_integration_ends_with_pytest_s_own_line() -> None:

@@ -66,7 +66,7 @@ def test_arrays_outlive_the_reader(tmp_path: Path) -> None:
 
 def test_an_empty_result_is_an_error(tmp_path: Path) -> None:
     with (
-        pytest.raises(DataError, match="no usable sample; skipped: {'missing_image': 1}"),
+        pytest.raises(DataError, match="no usable sample; skipped: 1 x missing_image; check --image-root"),
         DatasetWriter(tmp_path / "data") as writer,
     ):
         writer.skip("a", "missing_image", "x.png")

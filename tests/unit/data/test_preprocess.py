@@ -183,7 +183,7 @@ def test_truncation_is_announced(write: Any, run: Any, caplog: pytest.LogCapture
 
 def test_refusals(write: Any, run: Any, tmp_path: Path, sentencepiece: TextTokenizer, vocabulary: Vocabulary) -> None:
     item = write([_record(0), _drawing(1)])
-    with pytest.raises(DataError, match="record r1 has a target_image; give the VQGAN"):
+    with pytest.raises(DataError, match="record r1 has a target_image; set model.vq.path"):
         run(item)
     with pytest.raises(ConfigError, match="vq.num_indices is 5, the VQGAN has 4"):
         run(item, vqgan=FakeVQGAN(), num_indices=5)
