@@ -60,7 +60,7 @@ test-slow: venv
 test-deepspeed: venv
 	@echo "== installing deepspeed (10 s), then the tests of its engine on two gloo processes (3 minutes on 2 cores)"
 	@DS_BUILD_OPS=0 $(PYTHON) -m pip install --quiet -c constraints.txt -e ".[deepspeed]"
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/distributed/test_deepspeed.py
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/distributed/test_deepspeed.py tests/distributed/test_validation.py -k "test_deepspeed or zero"
 
 # Transformer Engine is installed by hand (docs/gpu.md); what the machine lacks is skipped, and said.
 test-gpu: venv

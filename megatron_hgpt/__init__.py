@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megatron_hgpt.inference.loading import LoadedRun as LoadedRun
     from megatron_hgpt.inference.loading import load_run as load_run
     from megatron_hgpt.model_folders import load_resolved as load_config
+    from megatron_hgpt.run_stage import main as train
     from megatron_hgpt.samples import Task as Task
-    from megatron_hgpt.train import main as train
 
 __version__ = "0.1.0"
 
@@ -33,17 +33,15 @@ _SOURCES = {
     "load_config": "model_folders:load_resolved",
     "load_run": "inference.loading:load_run",
     "preprocess": "data.preprocess_run:preprocess_run",
+    "train": "run_stage:main",
 }
-"""Name -> module of this package and the name there. `train` is not among them: it is the module of that name, which
-can be called."""
+"""Name -> module of this package and the name there."""
 
 __all__ = ["HealthGPTError", "LoadedRun", "Prompt", "RunConfig", "Sampling", "Task", "load_config", "load_run",
            "preprocess", "train"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return importlib.import_module(f"{__name__}.train")
     if name not in _SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _SOURCES[name].partition(":")

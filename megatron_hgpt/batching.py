@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from megatron_hgpt.config import ParallelConfig, RunConfig
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.rounding import ceil_div
+from megatron_hgpt.rounding import ceil_div, plural
 from megatron_hgpt.stages import resolve_stage
 
 
@@ -47,3 +47,33 @@ def steps_per_epoch(samples_per_task: Iterable[int], *, micro_batch_size: int, g
     """Optimizer steps after which every sample was drawn once: a micro-batch holds samples of one task."""
     micro_batches = sum(ceil_div(count, micro_batch_size) for count in samples_per_task)
     return ceil_div(micro_batches, global_batch_size // micro_batch_size)
+
+
+def length_in_epochs(config: RunConfig, num_steps: int, epoch_size: int) -> str:
+    """``120 steps = 480 samples drawn = 1.3 epochs of 364``.
+
+    Args:
+        config: for the batch size and packing.
+        num_steps: optimizer steps of the run.
+        epoch_size: samples that the stage trains on, or packed rows of them; above 0.
+    """
+    drawn = num_steps * global_batch_size(config)
+    epochs = drawn / epoch_size
+    figure = f"{epochs:,.1f}" if epochs >= 0.05 else f"{epochs:.1g}"
+    return f"{plural(num_steps, 'step')} = {plural(drawn, _unit(config))} drawn = {figure} epochs of {epoch_size:,}"
+
+
+def repetition_warning(config: RunConfig, epoch_size: int) -> str | None:
+    """What to know where a step draws more samples (or packed rows) than there are; None where it does not."""
+    total = global_batch_size(config)
+    if total <= epoch_size:
+        return None
+    there = "there is" if epoch_size == 1 else "there are"
+    return (
+        f"every step repeats samples: training.global_batch_size={total} and {there} "
+        f"{plural(epoch_size, _unit(config))}; lower it, or add data"
+    )
+
+
+def _unit(config: RunConfig) -> str:
+    return "sample" if config.data.packing == "none" else "packed row"

@@ -96,7 +96,7 @@ def install_if_needed() -> bool:
         rotary.get_pos_emb_on_this_cp_rank = _rotary_of_context_rank  # type: ignore[attr-defined]
         for name in _MODULES_WITH_CUDA_CONSTANTS:
             _rewrite_cuda_constants(importlib.import_module(name))
-    logger.info("no CUDA device: megatron.core runs on the CPU with gloo (fp32/bf16 without fused kernels: slower)")
+    logger.debug("no CUDA device: megatron.core runs on the CPU with gloo (fp32/bf16 without fused kernels: slower)")
     return True
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_hgpt.errors import ConfigError
 
 
 def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes torchrun started; 1 without torchrun.
+
+    Raises:
+        ConfigError: WORLD_SIZE is no such number.
+    """
+    return _count("WORLD_SIZE") or 1
 
 
 def rank_from_environment() -> int:
-    """Global rank of this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """Global rank of this process; 0 without torchrun.
+
+    Raises:
+        ConfigError: RANK is no such number.
+    """
+    return _count("RANK", at_least=0) or 0
 
 
 def started_by_torchrun() -> bool:
@@ -26,6 +35,11 @@ def started_by_torchrun() -> bool:
 def error_file_from_environment() -> str | None:
     """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
+def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with variables added or replaced, for a child process."""
+    return {**os.environ, **variables}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +74,7 @@ def _count(name: str, at_least: int = 1) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdigit() or int(text) < at_least:
+    if not text.isdecimal() or int(text) < at_least:
         raise ConfigError(f"{name}={text!r} must be a whole number of at least {at_least}")
     return int(text)
 

@@ -36,6 +36,11 @@ class SkipSample(HealthGPTError):  # noqa: N818  (a signal to the caller, not a 
         self.detail = detail
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, without the number and the path that the system's own text has: messages name the path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """``"; did you mean <prefix><nearest>?"`` for the end of a message; empty where nothing known is near."""
     near = difflib.get_close_matches(name, list(known), n=1)

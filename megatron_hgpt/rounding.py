@@ -1,4 +1,4 @@
-"""Integer division that rounds up."""
+"""Integer division that rounds up, and whole numbers in words."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def ceil_div(count: int, size: int) -> int:
 def round_up(count: int, multiple: int) -> int:
     """The smallest multiple that is at least `count`."""
     return ceil_div(count, multiple) * multiple
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 step``, ``1,200 steps``, ``2 processes``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from megatron_hgpt.config_io import save_config
 from megatron_hgpt.engines import build_engine
 from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
@@ -107,29 +108,23 @@ class Trainer:
             self._restore()
             for hook in self.hooks:
                 hook.on_fit_start(self.state)
+            if self.context.is_writer:
+                # Only now is the run accepted: a refused start leaves the file of the run that is there.
+                save_config(self.config, Path(self.config.output_dir) / "resolved_config.yaml")
             while self.step < self.total_steps:
                 record = self.train_step()
                 for hook in self.hooks:
                     hook.on_step_end(self.state, record)
-                stop = self._agree_to_stop()
-                if not stop and self._is_validation_due():
-                    self.validate()
-                due = self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
-                if due or stop or self.step == self.total_steps:
-                    self.checkpointer.save(
-                        self.models, self.engine, step=self.step, loader_state=self.loader.state_dict()
-                    )
-                self._announce_checkpoints(wait=stop or self.step == self.total_steps)
-                if stop:
-                    logger.warning("stopped by a signal after step %d; start again to resume", self.step)
+                if self._save_and_validate():
+                    if self.step < self.total_steps:
+                        logger.warning("stopped by a signal after step %d; start again to resume", self.step)
                     break
             finished = dataclasses.replace(self.state, sample_counts=self._sample_counts())
             for hook in self.hooks:
                 hook.on_fit_end(finished)
         except BaseException as error:
             # Peers may sit in a collective that this rank will never join: no communication from here on.
-            for hook in self.hooks:
-                hook.on_error(self.state, error)
+            self._tell_of_error(error)
             raise
         finally:
             for signum, handler in previous.items():
@@ -151,14 +146,21 @@ class Trainer:
         self.step += 1
         return self._record(totals, rates, grad_norm, time.perf_counter() - started)
 
-    def validate(self) -> ValidationRecord:
-        """Loss per task over the held-out samples, alike on every rank; training goes on as if it had not been."""
+    def validate(self) -> ValidationRecord | None:
+        """Loss per task over the held-out samples, alike on every rank; training goes on as if it had not been.
+
+        Returns:
+            The figures; None where a signal asked to stop before all samples were through, and nothing is recorded.
+        """
         assert self.validation is not None
         for hook in self.hooks:
             hook.on_validation_start(self.state)
         started = time.perf_counter()
         totals = {task: LossTotals() for task in self.stage.tasks}
         for chunk in self.validation.chunks():
+            if self._agree_to_stop():
+                logger.warning("validation at step %d is left out: a signal asked to stop", self.step)
+                return None
             reports = self.engine.evaluate(chunk.batches)
             # Only the last pipeline stage has reports.
             for report, batch, is_counted in zip(reports, chunk.batches, chunk.is_counted, strict=False):
@@ -179,6 +181,28 @@ class Trainer:
         for hook in self.hooks:
             hook.on_validation(self.state, record)
         return record
+
+    def _save_and_validate(self) -> bool:
+        """What is due after a step; True on every rank when the run is to stop here, and its checkpoint is complete."""
+        stop, is_last = self._agree_to_stop(), self.step == self.total_steps
+        save = stop or is_last or self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
+        validate = not stop and self._is_validation_due()
+        if save:
+            self._save()
+        # Complete before validation starts, and so not lost if that fails.
+        self._announce_checkpoints(wait=stop or is_last or validate)
+        if validate:
+            self.validate()
+        if not stop and (save or validate):
+            stop = self._agree_to_stop()  # a signal that came meanwhile costs no further step
+            if stop and not save:
+                self._save()
+            if stop:
+                self._announce_checkpoints(wait=True)
+        return stop
+
+    def _save(self) -> None:
+        self.checkpointer.save(self.models, self.engine, step=self.step, loader_state=self.loader.state_dict())
 
     def _is_validation_due(self) -> bool:
         interval = self.config.training.validation_interval_steps
@@ -218,6 +242,15 @@ class Trainer:
             for hook in self.hooks:
                 hook.on_checkpoint_saved(self.state, checkpoint)
 
+    def _tell_of_error(self, error: BaseException) -> None:
+        """Every hook hears of it, whatever becomes of another hook's handling."""
+        for hook in self.hooks:
+            try:
+                hook.on_error(self.state, error)
+            except Exception as failure:
+                reason = " ".join(str(failure).split())
+                logger.warning("%s.on_error failed (%s: %s)", type(hook).__name__, type(failure).__name__, reason)
+
     def _sample_counts(self) -> dict[str, int]:
         """Truncated and skipped samples over the data-parallel ranks; every rank must call it."""
         from megatron.core import parallel_state
@@ -228,7 +261,10 @@ class Trainer:
         return dict(sum(map(Counter, counts), Counter()))
 
     def _listen_for_termination(self) -> dict[int, Any]:
-        """Finish the step and save on SIGTERM and SIGINT (Slurm, Ctrl-C); a second signal ends the process at once."""
+        """On SIGTERM and SIGINT (Slurm, Ctrl-C) finish the step, leave a validation, and save.
+
+        A second signal ends the process at once.
+        """
 
         def request_stop(signum: int, _frame: FrameType | None) -> None:
             self._stop_requested = True

@@ -6,6 +6,7 @@ value, and what to do; all of them come at once.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def find_problems(
     if check_paths:
         _attempt(problems, resolve_transformer_impl, config.model, config.training)
         requirements: list[str] = _attempt(problems, list, missing_requirements(config)) or []
-        problems += [*requirements, *_missing_paths(config)]
+        problems += [*requirements, *_missing_trackers(config), *_missing_paths(config)]
     return list(dict.fromkeys(with_read_problems(problems, [*read, *wrong])))
 
 
@@ -333,6 +334,17 @@ def _dataset_problems(config: RunConfig) -> Iterator[str]:
                 num_indices=model.vq.num_indices,
                 max_image_side=data.max_image_side,
             )
+
+
+def _missing_trackers(config: RunConfig) -> Iterator[str]:
+    """Experiment trackers that are asked for and not installed, before the first hook looks for them."""
+    for name, module, package in _TRACKERS:
+        if (value := getattr(config.logging, name)) is not None and importlib.util.find_spec(module) is None:
+            yield f"logging.{name}={value} needs the package {package}: pip install {package}, or set it to null"
+
+
+_TRACKERS = (("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow", "mlflow-skinny"))
+"""Field of `logging`, name to import, name for pip."""
 
 
 def _missing_paths(config: RunConfig) -> Iterator[str]:

@@ -223,7 +223,8 @@ class Checkpointer:
         rng = rng_object()
         same_layout = list(rng.global_shape) == info["rng_layout"]
         if not same_layout:
-            logger.warning("%s was saved at layout %s: dropout draws anew", folder, info["rng_layout"])
+            before, now = _layout(info["rng_layout"]), _layout(rng.global_shape)
+            logger.warning("%s was saved at %s and goes on at %s: dropout draws anew", folder, before, now)
         with engine.whole_parameters(writable=True):
             tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
             request: dict[str, Any] = {"model": tensors, "optimizer": optimizer_tensors(state, tensors)}
@@ -236,6 +237,12 @@ class Checkpointer:
             restore_rng(loaded["rng"])
         changes = changed_settings(folder, self.config)
         return Restored(path=folder, step=info["step"], loader_state=info["loader"], changes=changes)
+
+
+def _layout(sizes: Sequence[int]) -> str:
+    """The sizes of `rng_object` by name."""
+    pipeline, tensor, data = sizes
+    return f"pipeline {pipeline} x tensor {tensor} x data and context {data}"
 
 
 def _save_strategy() -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.backbone.shape import read_backbone
+from megatron_hgpt.backbone.shape import FAMILIES, read_backbone
 from megatron_hgpt.config import ModelConfig, RunConfig
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.files import read_json
@@ -40,6 +40,20 @@ _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_size", "num_heads",
 """Of `BackboneShape`: a preset and a folder may spell the same shape with different keys."""
 
 
+def _shape_of_version_1(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 held the keys of the backbone's config.json, those that it had."""
+    family, heads = FAMILIES[sizes["architectures"][0]], sizes["num_attention_heads"]
+    return {
+        "family": family.model_type,
+        "num_layers": sizes["num_hidden_layers"],
+        "hidden_size": sizes["hidden_size"],
+        "ffn_size": sizes["intermediate_size"],
+        "num_heads": heads,
+        "num_kv_heads": sizes.get("num_key_value_heads") or heads,
+        "head_dim": sizes.get("head_dim") or sizes["hidden_size"] // heads,
+    }
+
+
 def checkpoint_folders(directory: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     if not directory.is_dir():
@@ -48,19 +62,23 @@ def checkpoint_folders(directory: Path) -> list[Path]:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The description beside the tensors.
+    """The description beside the tensors; one of version 1 in the words of the present one.
 
     Raises:
-        CheckpointError: the folder is no checkpoint of this package, or of a newer format.
+        CheckpointError: the folder is no checkpoint of this package, or of another format than 1 and the present one.
     """
     path = folder / INFO
     if not path.is_file():
         hint = "; it is an unfinished write" if folder.name.endswith(".tmp") else ""
         raise CheckpointError(f"{folder} is not a checkpoint of this package ({INFO} is missing{hint})")
     info = read_json(path, CheckpointError)
-    if info.get("format_version") != FORMAT_VERSION:
+    version = info.get("format_version")
+    if version == 1:
+        info["fingerprint"]["backbone"] = _shape_of_version_1(info["fingerprint"]["backbone"])
+    elif version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version {info.get('format_version')} cannot be read by this version ({FORMAT_VERSION})"
+            f"{path}: format_version {version!r} is not one that this version reads (1 to {FORMAT_VERSION}); use the "
+            "version of the package that wrote it, or train again"
         )
     return info
 

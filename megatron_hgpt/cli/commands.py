@@ -37,20 +37,21 @@ class Command(Protocol):
         """
 
 
-COMMANDS = {
-    "preprocess": "preprocess",
-    "cache-features": "cache_features",
-    "train": "train",
-    "generate": "generate",
-    "evaluate": "evaluate",
-    "report": "report",
-    "plan": "plan",
-    "config": "config",
-    "demo": "demo",
-}
-"""Name -> module of this package, in the order of a project's life."""
+COMMANDS = (
+    "preprocess",
+    "cache-features",
+    "train",
+    "generate",
+    "evaluate",
+    "report",
+    "plan",
+    "config",
+    "demo",
+    "train-vqgan",
+)
+"""In the order of a project's life; each is the module of its name in this package, with _ for -."""
 
 
 def command_named(name: str) -> Command:
     """The command's module, imported now."""
-    return cast(Command, importlib.import_module(f"megatron_hgpt.cli.{COMMANDS[name]}"))
+    return cast(Command, importlib.import_module(f"megatron_hgpt.cli.{name.replace('-', '_')}"))

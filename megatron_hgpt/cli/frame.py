@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
+import math
 import re
 import signal
 import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,19 +36,35 @@ RANK_ERROR_DELAY_S = 30.0
 """Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
 says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of writing that name no file."""
+
 
 class UsageError(HealthGPTError):
     """The command line itself is wrong: an unknown command or option, a missing or malformed argument."""
 
 
+class FileError(HealthGPTError):
+    """The system refuses a file or a folder: no permission, no room, a file where a folder should be."""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are exceptions with the nearest option's name, and not the usage text."""
+
+    words: Sequence[str] = ()
+    """What is being parsed."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         hint = ""
-        if unknown := re.match(r"unrecognized arguments: (-\S+)", message):
-            hint = did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
+        unknown = [word for word in message.split() if word.startswith("-")]
+        if message.startswith("unrecognized arguments: ") and unknown:
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            if any(action.dest == "overrides" for action in self._actions):
+                from megatron_hgpt.cli.megatron_options import as_overrides
+
+                overrides = as_overrides(unknown, self.words)
+                hint = f"; write {' '.join(overrides)}" if overrides else hint
         raise UsageError(f"{self.prog}: {message}{hint or f'; see {self.prog} --help'}")
 
 
@@ -61,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words[:1] == ["help"] and len(words) > 1:
+            return run_command(words[1], ["--help"])
         if not words or words[0] in ("-h", "--help", "help"):
             sys.stdout.write(usage())
             return 0
@@ -75,6 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hgpt config | head`: the reader has gone, and there is nothing left to flush to
         sys.stdout = None  # type: ignore[assignment]
         return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        name = "a file" if error.filename is None else error.filename
+        problem = FileError(f"cannot read or write {name}: {error.strerror}")
+        problem.__cause__ = error
+        return report_error(problem, verbose="--verbose" in words)
 
 
 def usage() -> str:
@@ -135,10 +162,16 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
         raise UsageError(f"hgpt: command {name!r} is unknown{hint}")
+    parser = build_parser(name)
+    parser.words = argv
     try:
-        arguments = build_parser(name).parse_intermixed_args(list(argv))
+        arguments = parser.parse_intermixed_args(list(argv))
     except SystemExit as ended:  # --help has printed its text
         return int(ended.code or 0)
+    if hasattr(arguments, "config"):
+        for word in arguments.overrides:
+            if "=" not in word and Path(word).is_file():
+                raise UsageError(f"hgpt {name}: {word} is a file; write --config {word}")
     arguments.argv = list(argv)
     command = command_named(name)
     silence_known()
@@ -173,7 +206,10 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
 
     Several mistakes in one configuration (`errors.raise_problems`) have a line each.
     """
-    rank = rank_from_environment()
+    try:
+        rank = rank_from_environment()
+    except ConfigError:  # the error itself, then
+        rank = 0
     if rank:
         # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
         signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
@@ -278,6 +314,21 @@ def at_least(limit: int) -> Any:
             number = limit - 1
         if number < limit:
             raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {limit}")
+        return number
+
+    return parse
+
+
+def real(what: str, is_valid: Callable[[float], bool]) -> Any:
+    """The type of an option that is a number, `what` in words."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not is_valid(number):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what}")
         return number
 
     return parse

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_hgpt.cli import frame
+from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HELP = "ask a trained run one question, or have it draw"
 EXAMPLES = r"""
@@ -34,11 +41,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=frame.at_least(1), default=128, metavar="N", help="of the answer (default: 128)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K likeliest tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the fewest tokens that reach P")
+    not_negative = frame.real("a number of at least 0", lambda value: 0 <= value < math.inf)
+    parser.add_argument("--temperature", type=not_negative, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument(
+        "--top-k", type=frame.at_least(0), default=0, metavar="K", help="of the K likeliest tokens; 0 is all"
+    )
+    share = frame.real("a number above 0 and at most 1", lambda value: 0 < value <= 1)
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="of the fewest tokens that reach P")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choice")
     frame.add_overrides(parser)
+
+
+def check_drawn(file: Path) -> None:
+    """Refuse a file that Pillow could not save a picture as.
+
+    Raises:
+        ConfigError: its ending is no picture's.
+    """
+    from PIL import Image
+
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"--draw {file}: {file.suffix or 'no ending'} is not a picture's; name it .png")
+
+
+def complete_question(question: str, num_images: int) -> str:
+    """The question with a placeholder for every picture.
+
+    Raises:
+        ConfigError: it has some already, and not as many as there are pictures.
+    """
+    if (given := question.count("<image>")) not in (0, num_images):
+        raise ConfigError(f"--question has {given} <image> for {num_images} --image; write one for each, or none")
+    return question if given else "<image>\n" * num_images + question
+
+
+def read_pictures(files: Sequence[Path]) -> list[Image]:
+    """The pictures.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    from megatron_hgpt.vision.preprocess import load_image
+
+    pictures = []
+    for file in files:
+        try:
+            pictures.append(load_image(file))
+        except SkipSample as error:
+            raise DataError(f"--image {error.detail}") from error
+    return pictures
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,6 +97,11 @@ def run(arguments: argparse.Namespace) -> None:
     frame.require_run(arguments.checkpoint)
     for file in arguments.image:
         frame.require_file(file, "--image")
+    if arguments.draw:
+        check_drawn(arguments.draw)
+        arguments.draw.parent.mkdir(parents=True, exist_ok=True)
+    question = complete_question(arguments.question, len(arguments.image))
+    pictures = read_pictures(arguments.image)
     from megatron_hgpt import distributed
     from megatron_hgpt.environment import rank_from_environment
     from megatron_hgpt.inference.generator import Prompt, Sampling
@@ -54,13 +110,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     loaded = load_run(arguments.checkpoint, overrides=arguments.overrides)
     try:
-        question = arguments.question
-        if "<image>" not in question:
-            question = "<image>\n" * len(arguments.image) + question
         prompt = Prompt(
             task=Task.GENERATION if arguments.draw else Task.COMPREHENSION,
             question=question,
-            images=list(arguments.image),
+            images=list(pictures),
         )
         sampling = Sampling(
             temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
@@ -73,7 +126,6 @@ def run(arguments: argparse.Namespace) -> None:
             (result,) = loaded.generator.answer([prompt], max_new_tokens=arguments.max_new_tokens, sampling=sampling)
         if rank_from_environment() == 0:  # every tensor-parallel rank has the same result
             if arguments.draw:
-                arguments.draw.parent.mkdir(parents=True, exist_ok=True)
                 image.save(arguments.draw)
             frame.write(result)
     finally:

@@ -44,4 +44,4 @@ def run(arguments: argparse.Namespace) -> None:
         title=arguments.title,
         notes=dict(arguments.note),
     )
-    frame.write(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")
+    frame.write(f"wrote {arguments.out} ({max(1, round(arguments.out.stat().st_size / 1e3)):,} kB)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from megatron_hgpt.batching import replica_size
 from megatron_hgpt.cli import frame
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.environment import (
@@ -13,6 +14,7 @@ from megatron_hgpt.environment import (
     started_by_torchrun,
     world_size_from_environment,
 )
+from megatron_hgpt.errors import ConfigError, raise_problems
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +42,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     """Train, in this process or in the ones that it starts."""
     from megatron_hgpt.model_folders import PUBLISHED, published_variant, read_run
-    from megatron_hgpt.validation import validate
+    from megatron_hgpt.validation import find_problems
 
     config, read = read_run(arguments.config, arguments.overrides, arguments.preset)
     nodes = nodes_from_environment()
+    problems: list[str] = []
     if started_by_torchrun():
         processes, world_size = 0, world_size_from_environment()
     else:
         from megatron_hgpt.cli.processes import processes_per_node
 
-        processes = processes_per_node(config.parallel, nodes)
+        try:
+            processes = processes_per_node(config.parallel, nodes)
+        except ConfigError as error:  # the rest is checked for the GPUs that it needs
+            problems.append(str(error))
+            processes = replica_size(config.parallel)
         world_size = processes * nodes.num_nodes
     # All that is wrong with it in one message, before any process starts and says the same again.
-    validate(config, world_size, check_paths=not arguments.dry_run, read=read)
+    problems += find_problems(config, world_size, check_paths=not arguments.dry_run, read=read)
+    raise_problems(problems)
     if arguments.dry_run:
         return _dry_run(config, world_size)
     if processes and world_size > 1:
         from megatron_hgpt.cli.processes import run_processes
 
         return run_processes(processes, nodes, ["train", *arguments.argv])
-    from megatron_hgpt.train import main
+    from megatron_hgpt.run_stage import main
 
     if (variant := published_variant(config.model)) is not None:
         logger.info(

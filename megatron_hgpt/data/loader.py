@@ -139,6 +139,11 @@ class TrainLoader:
         return dict(self._samples)
 
     @property
+    def epoch_size(self) -> int:
+        """What an epoch draws from: the samples, or the packed rows of them."""
+        return sum(len(members) for members in self._members.values())
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps after which every sample was drawn at least once (with a mixture: as many micro-batches)."""
         return ceil_div(sum(self._per_epoch.values()), self._num_micro_batches)

@@ -70,7 +70,7 @@ def step(name: str, folder: Path, inputs: dict[str, Any]) -> Iterator[Path | Non
     say(f"{name}: done in {time.perf_counter() - start:.1f} s")
 
 
-def _digest(*files: Path) -> str:
+def digest(*files: Path) -> str:
     """sha256 over the contents of the files, in order."""
     total = hashlib.sha256()
     for file in files:
@@ -81,7 +81,7 @@ def _digest(*files: Path) -> str:
 def _code(*modules: str) -> str:
     """Digest of the source of modules, so that a step runs again after its code changed."""
     origins = [getattr(importlib.util.find_spec(module), "origin", None) for module in modules]
-    return _digest(*(Path(origin) for origin in origins if origin))
+    return digest(*(Path(origin) for origin in origins if origin))
 
 
 def _version(package: str) -> str:
@@ -111,7 +111,7 @@ def build_tokenizer(folder: Path, *, dataset: Path, vocab_size: int) -> None:
     from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 
     train = dataset / "train.json"
-    inputs = {"texts": _digest(train), "vocab_size": vocab_size, "code": _code("megatron_hgpt.demo.tokenizers")}
+    inputs = {"texts": digest(train), "vocab_size": vocab_size, "code": _code("megatron_hgpt.demo.tokenizers")}
     with step("tokenizer", folder, inputs) as target:
         if target is not None:
             texts = [turn["value"] for record in json.loads(train.read_text()) for turn in record["conversations"]]
@@ -170,7 +170,7 @@ def build_vqgan(folder: Path, *, dataset: Path, num_steps: int, seed: int) -> No
         "num_steps": num_steps,
         "seed": seed,
     }
-    inputs = {"images": _digest(*files), **settings, "code": code}
+    inputs = {"images": digest(*files), **settings, "code": code}
     with step("vqgan", folder, inputs) as target:
         if target is not None:
             images = [Image.open(file).convert("RGB") for file in files]

@@ -6,29 +6,35 @@ first stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_hgpt.config_io import dump, load_config
 from megatron_hgpt.demo.assets import build_assets, say
 from megatron_hgpt.demo.questions import EXAMPLE_QUESTION
-from megatron_hgpt.demo.summary import example, next_steps, results_table
+from megatron_hgpt.demo.stage_configs import (
+    INPUTS,
+    ROOT,
+    STAGES,
+    check_before_building,
+    claim_dataset,
+    dataset_is_current,
+    dataset_settings,
+    model_section,
+    write_stage_config,
+)
+from megatron_hgpt.demo.summary import example, next_steps
+from megatron_hgpt.environment import environment_with
 from megatron_hgpt.errors import HealthGPTError
-from megatron_hgpt.files import write_atomic
+from megatron_hgpt.evaluation.table import results_table
 from megatron_hgpt.report.page import write_report
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The checkout: the demo runs its commands and takes its configurations from there."""
-STAGES = ("stage1", "stage2", "stage3")
+DEFAULT_OUTPUTS = {"tiny": Path("runs/demo"), "smollm2": Path("runs/demo-smollm2")}
+"""Backbone -> where everything goes, below the working directory."""
 SPLITS = {"train": "train", "held-out-pictures": "test", "held-out-wordings": "wordings"}
 """Name of an evaluated split -> its file's name among the assets."""
 
@@ -52,78 +58,40 @@ def call(command: list[str], *, stdout: int | None = None, **environment: str) -
     Raises:
         StepError: it failed; it has printed its own message.
     """
-    settings = [f"{name}={value}" for name, value in environment.items()]
-    result = subprocess.run(["env", *settings, *command], cwd=ROOT, stdout=stdout, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment_with(environment), stdout=stdout, text=True)
     if result.returncode:
         raise StepError(command, result.returncode)
     return result
 
 
-def model_section(assets: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The folders and sizes of the assets as a `model` section."""
-    hf_config = json.loads((folder / assets["backbone"] / "config.json").read_text())
-    return {
-        "backbone": str(folder / assets["backbone"]),
-        "tokenizer": str(folder / assets["tokenizer"]),
-        "hf_config": hf_config,
-        "vision": {"tower": str(folder / assets["tower"])},
-        "vq": {"path": str(folder / assets["vqgan"])},
-        "vocabulary": {"text_size": assets["text_vocab_size"]},
-    }
-
-
-def write_run_config(output: Path, backbone: str, stage: str, model: dict[str, Any], overrides: list[str]) -> Path:
-    """The configuration of one stage over the shipped one; a changed configuration starts the stage afresh."""
-    previous = {"stage1": None, "stage2": "stage1", "stage3": "stage2"}[stage]
-    values = {
-        "base": str(ROOT / "examples" / "configs" / f"{backbone}_{stage}.yaml"),
-        "output_dir": str(output / stage),
-        "model": model,
-        "data": {"train": [str(output / "data" / "train")], "validation": [str(output / "data" / "held-out")]},
-        "checkpoint": {"init_from": [str(output / previous)] if previous else []},
-    }
-    path = output / f"{stage}.yaml"
-    text = yaml.safe_dump(values, sort_keys=False)
-    write_atomic(path, text)
-    resolved = dump(load_config(path, overrides))
-    marker = output / stage / "demo_config.yaml"
-    if (output / stage).exists() and (not marker.is_file() or marker.read_text() != resolved):
-        shutil.rmtree(output / stage)
-    write_atomic(marker, resolved)
-    return path
-
-
-def preprocess(output: Path, stage_config: Path, assets: dict[str, Any], folder: Path) -> None:
-    """Both splits into indexed mmap; skipped where the dataset is newer than its inputs."""
-    for split, name in (("train", "train"), ("held-out", "test")):
+def preprocess(
+    output: Path, stage_config: Path, overrides: Sequence[str], assets: Mapping[str, Any], folder: Path
+) -> None:
+    """Both splits into indexed mmap; skipped where the dataset was written from the same with the same settings."""
+    for split, name in INPUTS.items():
         source, target = folder / assets[name], output / "data" / split
-        inputs = [source, folder / assets["vqgan"] / "last.ckpt", folder / assets["tokenizer"] / "tokenizer.json"]
-        manifest = target / "manifest.json"
-        if manifest.is_file() and all(
-            manifest.stat().st_mtime > file.stat().st_mtime for file in inputs if file.exists()
-        ):
+        settings = dataset_settings(stage_config, overrides, source)
+        if dataset_is_current(target, settings):
             say(f"{target}: up to date, skipped")
             continue
+        claim_dataset(target, {})
         call([sys.executable, str(ROOT / "tools" / "preprocess_vl_health.py"),
              "--config", str(stage_config),
              "--input", str(source), "--image-root", str(source.parent), "--output", str(target), "--overwrite",
-             "--workers", "2"], OMP_NUM_THREADS="1")  # fmt: skip
+             "--workers", "2", *overrides], OMP_NUM_THREADS="1")  # fmt: skip
+        claim_dataset(target, settings)
 
 
-def train(config: Path, overrides: list[str]) -> None:
+def train(config: Path, overrides: Sequence[str]) -> None:
     """One stage through the launcher that users have."""
     call(["bash", str(ROOT / "examples" / "pretrain_hgpt.sh"), "--config", str(config), *overrides],
         PYTHON=sys.executable)  # fmt: skip
 
 
-def evaluate(
-    output: Path, assets: dict[str, Any], folder: Path, *, max_vqa: int | None, max_images: int | None
-) -> None:
+def evaluate(output: Path, assets: Mapping[str, Any], folder: Path, *, max_vqa: int, max_images: int) -> None:
     """All splits with the last stage's model; every core holds a whole model and a share of the samples."""
     processes = min(2, os.cpu_count() or 1)
-    limits = [
-        f"--{name}={value}" for name, value in (("max-vqa", max_vqa), ("max-images", max_images)) if value is not None
-    ]
+    limits = [f"--max-vqa={max_vqa}", f"--max-images={max_images}"]
     data = [option for split, name in SPLITS.items() for option in ("--data", f"{split}={folder / assets[name]}")]
     call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
          str(ROOT / "tools" / "evaluate.py"), "--checkpoint", str(output / "stage3"),
@@ -140,45 +108,57 @@ def ask(output: Path, image: Path, question: str) -> str:
     return result.stdout.strip()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo's options; `run` takes what they parse to."""
-    parser.add_argument("--backbone", choices=("tiny", "smollm2"), default="tiny")
-    parser.add_argument("--output", type=Path, help="default: runs/demo (runs/demo-smollm2)")
-    parser.add_argument("--vqgan-steps", type=int, default=500, help="optimizer steps of the VQGAN")
-    parser.add_argument("--max-vqa", type=int, default=120, help="questions evaluated per split at most")
-    parser.add_argument("--max-images", type=int, default=40, help="pictures evaluated per split at most")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every stage's configuration")
+def run(
+    *,
+    backbone: str = "tiny",
+    output: Path | None = None,
+    vqgan_steps: int = 500,
+    max_vqa: int = 120,
+    max_images: int = 40,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Run every step.
 
+    Args:
+        backbone: ``"tiny"`` or ``"smollm2"``.
+        output: folder of everything; None is `DEFAULT_OUTPUTS` of the backbone, below the working directory.
+        vqgan_steps: optimizer steps of the VQGAN, at least 2.
+        max_vqa, max_images: questions and pictures evaluated per split at most.
+        overrides: ``key.sub=value`` changes to the configuration of every stage.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run every step; returns the exit status (that of the step that failed)."""
+    Returns:
+        Exit status: 0, or that of the step that failed.
+
+    Raises:
+        ConfigError: the overrides do not fit a stage; said before anything is built.
+        DataError: a folder that the demo would replace is not its own.
+    """
+    output = (DEFAULT_OUTPUTS[backbone] if output is None else output).resolve()
+    check_before_building(output, backbone, overrides)
     try:
-        _run(arguments)
+        _run(output, backbone, overrides, vqgan_steps=vqgan_steps, max_vqa=max_vqa, max_images=max_images)
     except StepError as error:
         sys.stderr.write(f"{error}\n")
         return error.status
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    output: Path = (
-        arguments.output or ROOT / "runs" / ("demo" if arguments.backbone == "tiny" else "demo-smollm2")
-    ).resolve()
+def _run(
+    output: Path, backbone: str, overrides: Sequence[str], *, vqgan_steps: int, max_vqa: int, max_images: int
+) -> None:
     started = time.monotonic()
     announce("1/6 models and data: real images from installed packages, a tokenizer, a backbone, a tower, a VQGAN")
     folder = output / "assets"
-    assets = build_assets(folder, backbone=arguments.backbone, vqgan_steps=arguments.vqgan_steps)
+    assets = build_assets(folder, backbone=backbone, vqgan_steps=vqgan_steps)
     model = model_section(assets, folder)
-    configs = {
-        stage: write_run_config(output, arguments.backbone, stage, model, arguments.overrides) for stage in STAGES
-    }
+    configs = {stage: write_stage_config(output, backbone, stage, model, overrides) for stage in STAGES}
     announce("2/6 preprocessing: templates, label masks and VQ indices into indexed mmap files")
-    preprocess(output, configs["stage1"], assets, folder)
+    preprocess(output, configs["stage1"], overrides, assets, folder)
     for i, stage in enumerate(STAGES):
         announce(f"{3 + i}/6 training {stage} (TensorBoard: {output / stage / 'tensorboard'})")
-        train(configs[stage], arguments.overrides)
+        train(configs[stage], overrides)
     announce("6/6 evaluation: training data, held-out pictures, held-out wordings; report")
-    evaluate(output, assets, folder, max_vqa=arguments.max_vqa, max_images=arguments.max_images)
+    evaluate(output, assets, folder, max_vqa=max_vqa, max_images=max_images)
     folders = {split.replace("out-", "out "): output / "evaluation" / split for split in SPLITS}
     write_report(
         output / "report.html",
@@ -186,7 +166,7 @@ def _run(arguments: argparse.Namespace) -> None:
         evaluations=folders,
         title="HealthGPT demo",
         notes={
-            "Backbone": arguments.backbone,
+            "Backbone": backbone,
             "Wall time": f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores",
         },
     )

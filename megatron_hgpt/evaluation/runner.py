@@ -6,13 +6,13 @@ Samples are split over data-parallel ranks; rank 0 gathers, in file order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from megatron_hgpt.errors import SkipSample
+from megatron_hgpt.errors import ConfigError, DataError, SkipSample
 from megatron_hgpt.evaluation.results import ImageResult, VQAResult
 from megatron_hgpt.evaluation.vqa import majority_answers, question_type
 from megatron_hgpt.inference.generator import Prompt
@@ -23,18 +23,58 @@ from megatron_hgpt.vl_health.llava_json import parse_record, read_records, recor
 
 logger = logging.getLogger(__name__)
 
+SHOWN_PER_REASON = 5
+"""Skipped records that are named, of each reason; the others are counted."""
+
 
 def read_samples(path: Path, image_root: Path) -> tuple[list[Sample], dict[str, int]]:
-    """Samples of a JSON file, and the count of skipped records by reason."""
+    """Samples of a JSON file, and the count of skipped records by reason.
+
+    Raises:
+        DataError: there is none that can be used.
+    """
     samples: list[Sample] = []
     skipped: dict[str, int] = {}
     for number, record in enumerate(read_records(path)):
         try:
             samples.append(parse_record(record, image_root, default_id=str(number)))
         except SkipSample as error:
-            logger.warning("record %s skipped: %s", record_id(record, str(number)), error)
-            skipped[error.reason] = skipped.get(error.reason, 0) + 1
+            _skip(skipped, record_id(record, str(number)), error)
+    if not samples:
+        reason = f"skipped: {_text_of(skipped)}; check --image-root, now {image_root}" if skipped else "it is empty"
+        raise DataError(f"no usable record in {path}; {reason}")
+    if skipped:
+        logger.warning("%s: %d records are used; skipped: %s", path, len(samples), _text_of(skipped))
     return samples, skipped
+
+
+def readable(samples: Sequence[Sample]) -> list[Sample]:
+    """Those whose pictures can all be decoded: one damaged file does not end an evaluation."""
+    kept: list[Sample] = []
+    skipped: dict[str, int] = {}
+    for sample in samples:
+        try:
+            for picture in (*sample.images, sample.target_image):
+                if picture is not None:
+                    load_image(picture)
+        except SkipSample as error:
+            _skip(skipped, sample.sample_id, error)
+        else:
+            kept.append(sample)
+    if skipped:
+        logger.warning("%d records are used; skipped: %s", len(kept), _text_of(skipped))
+    return kept
+
+
+def _skip(skipped: dict[str, int], name: str, error: SkipSample) -> None:
+    """Count a record, and name it if it is one of the first of its reason."""
+    skipped[error.reason] = skipped.get(error.reason, 0) + 1
+    if skipped[error.reason] <= SHOWN_PER_REASON:
+        logger.warning("record %s skipped: %s", name, error)
+
+
+def _text_of(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in skipped.items())
 
 
 def majority_baseline(path: Path, image_root: Path) -> dict[str, str]:
@@ -75,9 +115,15 @@ def answer_samples(
 
 
 def draw_samples(run: LoadedRun, samples: Iterable[Sample]) -> list[ImageResult]:
-    """Draw each generation record's picture; targets are compared at the VQGAN's resolution."""
-    vqgan = run.require_vqgan()
+    """Draw each generation record's picture; targets are compared at the VQGAN's resolution.
+
+    Raises:
+        ConfigError: there are such records, and the run has no VQGAN.
+    """
     samples = [sample for sample in samples if sample.target_image is not None]
+    if not samples:
+        return []
+    vqgan = run.require_vqgan()
     prompts = [
         Prompt(task=Task.GENERATION, question=sample.turns[0].text, images=list(sample.images)) for sample in samples
     ]
@@ -120,14 +166,21 @@ def evaluate(
         max_vqa, max_images: at most so many of each, evenly spaced over the file; None takes all.
         max_new_tokens: limit of one answer, tokens.
         baseline: question type -> answer of a guesser who never looks (`majority_baseline`); None leaves it out.
+
+    Raises:
+        DataError: no record can be used.
+        ConfigError: pictures are to be drawn, and the run has no VQGAN.
     """
     samples, _ = read_samples(path, image_root)
     limits = {Task.COMPREHENSION: max_vqa, Task.GENERATION: max_images}
     chosen = {task: _evenly([s for s in samples if s.task is task], limit) for task, limit in limits.items()}
+    if any(sample.target_image is not None for sample in chosen[Task.GENERATION]):
+        _require_vqgan(run, path)  # before minutes of answering
     rank, size = run.context.dp_rank, run.context.dp_size
+    own = {task: readable(members[rank::size]) for task, members in chosen.items()}
     mine: tuple[list[Any], list[Any]] = (
-        answer_samples(run, chosen[Task.COMPREHENSION][rank::size], max_new_tokens=max_new_tokens, baseline=baseline),
-        draw_samples(run, chosen[Task.GENERATION][rank::size]),
+        answer_samples(run, own[Task.COMPREHENSION], max_new_tokens=max_new_tokens, baseline=baseline),
+        draw_samples(run, own[Task.GENERATION]),
     )
     if run.context.world_size == 1:
         return mine
@@ -141,6 +194,13 @@ def evaluate(
         sorted((result for part in gathered for result in part[kind]), key=lambda result: order[result.sample_id])
         for kind in (0, 1)
     )
+
+
+def _require_vqgan(run: LoadedRun, path: Path) -> None:
+    try:
+        run.require_vqgan()
+    except ConfigError as error:
+        raise ConfigError(f"{path} has pictures to draw: {error}, or leave them out with --max-images 0") from error
 
 
 def _evenly(items: list[Sample], limit: int | None) -> list[Sample]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from megatron_hgpt.errors import DataError
+from megatron_hgpt.errors import DataError, reason_of
 from megatron_hgpt.evaluation.image import summarise_images
 from megatron_hgpt.evaluation.results import ImageResult, VQAResult
 from megatron_hgpt.evaluation.vqa import summarise_vqa
@@ -93,7 +93,7 @@ def load_results(folder: Path) -> Evaluation:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: not a readable evaluation ({type(error).__name__}: {error}); run the evaluation again"
+            f"{path}: not a readable evaluation ({type(error).__name__}: {reason_of(error)}); run the evaluation again"
         ) from error
 
 

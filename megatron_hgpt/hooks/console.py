@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.hooks.figures import duration, file_size, losses
+from megatron_hgpt.rounding import plural
 from megatron_hgpt.samples import Task
 from megatron_hgpt.stages import resolve_stage
 
@@ -46,9 +47,12 @@ class ConsoleHook(Hook):
         self._ends_s: deque[float] = deque(maxlen=51)
         """When the last steps ended: the pace of the last 50, with validations and saves between them."""
         self._checkpoint: Path | None = None
+        self._is_idle = False
+        """Whether the checkpoint that this process resumed from is of the last step already."""
 
     def on_fit_start(self, state: TrainState) -> None:
         """Open the bar where the run resumes."""
+        self._is_idle = state.step >= state.total_steps
         self._ends_s.append(time.perf_counter())
         if state.is_writer and self.progress_bar and sys.stderr.isatty():
             self._open.enter_context(logging_redirect_tqdm())  # log lines go above the bar, not through it
@@ -84,7 +88,7 @@ class ConsoleHook(Hook):
         """Close the bar and log the summary of the stage."""
         self._open.close()
         if state.is_writer and self.metrics.summary:
-            for line in summary_lines(state, self.metrics.summary, self._checkpoint):
+            for line in summary_lines(state, self.metrics.summary, self._checkpoint, is_idle=self._is_idle):
                 logger.info("%s", line)
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
@@ -109,25 +113,32 @@ def _figures(record: StepRecord) -> str:
     )
 
 
-def summary_lines(state: TrainState, summary: dict[str, Any], checkpoint: Path | None) -> list[str]:
+def summary_lines(
+    state: TrainState, summary: dict[str, Any], checkpoint: Path | None, *, is_idle: bool = False
+) -> list[str]:
     """The summary of a stage: one headline and indented lines below it.
 
     Args:
         state: at the end.
         summary: of `metrics.summarise_stage`.
         checkpoint: the newest one that this process saved.
+        is_idle: whether all steps were done before this process started.
     """
     is_done = state.step >= state.total_steps
     head = f"{state.stage} is done" if is_done else f"{state.stage} stopped at step {state.step} of {state.total_steps}"
     rate = summary["tokens_per_s"]
     speed = "" if rate is None else f", {rate:,.0f} tokens/s"
-    lines = [f"{head}: {summary['steps']:,} steps in {duration(summary['wall_s'])}{speed}"]
-    rows = {"loss": f"{_figure(summary['first_loss'])} -> {_figure(summary['last_loss'])}"}
+    took = f"{plural(summary['steps'], 'step')} in {duration(summary['wall_s'])}{speed}"
+    if is_idle:
+        head = f"{state.stage}: nothing to do"
+        took = f"{state.step:,} of {state.total_steps:,} steps are done; raise training.num_steps or num_epochs"
+    lines = [f"{head}: {took}"]
+    rows = {"loss": _course(summary["first_loss"], summary["last_loss"])}
     if "last_validation_loss" in summary:
-        rows["validation"] = (
-            f"{_figure(summary['first_validation_loss'])} -> {_figure(summary['last_validation_loss'])}, best "
-            f"{_figure(summary['best_validation_loss'])} at step {summary['best_validation_step']}"
-        )
+        first, last = summary["first_validation_loss"], summary["last_validation_loss"]
+        best, step = summary["best_validation_loss"], summary["best_validation_step"]
+        rows["validation"] = _course(first, last) + ("" if first == last == best else f", best {_figure(best)}")
+        rows["validation"] += f" at step {step:,}"
     if counts := _sample_counts(state.sample_counts):
         rows["samples"] = counts
     if checkpoint is not None:
@@ -153,6 +164,10 @@ def _what_next(state: TrainState, trained: Path) -> dict[str, str]:
     if not state.stage.startswith("stage3"):
         rows["next stage"] = f"'checkpoint.init_from=[{trained}]' with another training.stage and output_dir"
     return rows
+
+
+def _course(first: float | None, last: float | None) -> str:
+    return _figure(first) if first == last else f"{_figure(first)} -> {_figure(last)}"
 
 
 def _figure(value: float | None) -> str:

@@ -36,16 +36,17 @@ def import_tracker(module: str, *, field: str, package: str, defaults: Mapping[s
 
 def stored_run_id(state: TrainState, tracker: str) -> str | None:
     """The id of the run that this one resumes; None where the stage starts anew."""
-    path = _run_id_file(state, tracker)
+    path = run_id_file(state, tracker)
     return path.read_text(encoding="utf-8").strip() if state.step > 0 and path.is_file() else None
 
 
 def store_run_id(state: TrainState, tracker: str, run_id: str) -> None:
     """Keep the id for a later resume."""
-    write_atomic(_run_id_file(state, tracker), run_id + "\n")
+    write_atomic(run_id_file(state, tracker), run_id + "\n")
 
 
-def _run_id_file(state: TrainState, tracker: str) -> Path:
+def run_id_file(state: TrainState, tracker: str) -> Path:
+    """Where the run's id is kept."""
     return state.output_dir / f"{tracker}_run_id"
 
 

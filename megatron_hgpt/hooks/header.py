@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_hgpt.batching import global_batch_size, num_micro_batches
+from megatron_hgpt.batching import global_batch_size, length_in_epochs, num_micro_batches
+from megatron_hgpt.rounding import plural
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -48,12 +49,17 @@ def header_lines(
         ("data", f"{_samples(loader.num_samples)} in {', '.join(config.data.train)}; {_packing(config)}"),
         ("validation", _validation(config, validation)),
         ("batch", _batch(config, context.dp_size)),
-        ("length", f"{total_steps:,} steps = {total_steps / loader.steps_per_epoch:.3g} epochs"),
+        ("length", length_in_epochs(config, total_steps, loader.epoch_size)),
         *_places(config),
     ]
     if config.checkpoint.init_from:
         rows.insert(1, ("starts from", ", ".join(config.checkpoint.init_from)))
+    elif not training.stage.startswith("stage1"):
+        rows.insert(1, ("starts from", _NOTHING_EARLIER))
     return [f"{config.name}: training {training.stage}", *(f"  {name:<12}{text}" for name, text in rows)]
+
+
+_NOTHING_EARLIER = "nothing trained earlier: adapters and plugins are new (checkpoint.init_from names earlier stages)"
 
 
 def _layout(config: RunConfig, context: DistributedContext) -> str:
@@ -63,7 +69,7 @@ def _layout(config: RunConfig, context: DistributedContext) -> str:
     pipeline = f"pipeline {context.pp_size}" + (f" of {chunks} chunks each" if chunks else "")
     engine = "" if config.engine.name == "megatron" else f"; {config.engine.name}, ZeRO-{config.engine.zero_stage}"
     return (
-        f"{_plural(context.world_size, 'process')} on {context.device.type}: {tensor} x {pipeline} x context "
+        f"{plural(context.world_size, 'process')} on {context.device.type}: {tensor} x {pipeline} x context "
         f"{context.cp_size} x data {context.dp_size}{engine}"
     )
 
@@ -84,7 +90,7 @@ def _validation(config: RunConfig, validation: ValidationLoader | None) -> str:
     if validation is None:
         return "none (data.validation is empty)"
     interval = config.training.validation_interval_steps
-    when = f"every {_plural(interval, 'step')} and after the last" if interval else "after the last step"
+    when = f"every {plural(interval, 'step')} and after the last" if interval else "after the last step"
     return f"{_samples(validation.num_samples)} in {', '.join(config.data.validation)}, {when}"
 
 
@@ -107,13 +113,9 @@ def _places(config: RunConfig) -> list[tuple[str, str]]:
     if config.data.validation:
         files.insert(1, "validation.jsonl")
     places = [
-        ("checkpoints", f"{directory}, every {_plural(checkpoint.save_interval_steps, 'step')}, {keep}"),
+        ("checkpoints", f"{directory}, every {plural(checkpoint.save_interval_steps, 'step')}, {keep}"),
         ("metrics", f"{output}: {', '.join(files)}"),
     ]
     if config.logging.tensorboard:
         places.append(("TensorBoard", f"tensorboard --logdir {output / 'tensorboard'}"))
     return places
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"

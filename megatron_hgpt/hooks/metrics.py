@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.errors import DataError
+from megatron_hgpt.errors import DataError, reason_of
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
 
@@ -144,7 +144,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give the output folder of a training run") from error
+        raise DataError(
+            f"{path}: cannot be read ({reason_of(error)}); give the output folder of a training run"
+        ) from error
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or unfinished
         try:

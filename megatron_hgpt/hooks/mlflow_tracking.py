@@ -11,7 +11,7 @@ from typing import Any
 from megatron_hgpt.config_io import to_dict
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
-from megatron_hgpt.hooks.external import flat, import_tracker, store_run_id, stored_run_id
+from megatron_hgpt.hooks.external import flat, import_tracker, run_id_file, store_run_id, stored_run_id
 from megatron_hgpt.hooks.figures import step_scalars, validation_scalars
 
 logger = logging.getLogger(__name__)
@@ -53,19 +53,20 @@ class MLflowHook(Hook):
         mlflow = import_tracker("mlflow", field="logging.mlflow_experiment", package="mlflow-skinny", defaults=defaults)
         local = None if mlflow.tracking.is_tracking_uri_set() else (state.output_dir / "mlruns").resolve().as_uri()
         self._mlflow, self._client = mlflow, mlflow.MlflowClient(tracking_uri=local)
+        stored = stored_run_id(state, "mlflow")
         try:
-            self._run_id = self._start(state)
+            self._run_id = self._start(state, stored)
         except mlflow.MlflowException as error:
+            resumed = f"; to begin a new run instead of run {stored}, delete {run_id_file(state, 'mlflow')}"
             raise ConfigError(
                 f"logging.mlflow_experiment={self.experiment}: MLflow does not start ({' '.join(str(error).split())}); "
-                "check MLFLOW_TRACKING_URI, or unset it to keep files in output_dir"
+                "check MLFLOW_TRACKING_URI, or unset it to keep files in output_dir" + (resumed if stored else "")
             ) from error
         logger.info("MLflow: run %s, %s", self._run_id, local or mlflow.get_tracking_uri())
 
-    def _start(self, state: TrainState) -> str:
+    def _start(self, state: TrainState, stored: str | None) -> str:
         """The id of the run that goes on, or of a new one with its parameters."""
         assert self._mlflow is not None
-        stored = stored_run_id(state, "mlflow")
         if stored is not None:
             self._client.update_run(stored, status="RUNNING")
             return stored
@@ -109,6 +110,10 @@ class MLflowHook(Hook):
             self._client = None
 
     def _finish(self, status: str) -> None:
-        if self._client is not None:
+        if self._client is None or self._mlflow is None:
+            return
+        try:
             self._client.set_terminated(self._run_id, status=status)
-            self._client = None
+        except self._mlflow.MlflowException as error:
+            logger.warning("MLflow was not told that the run is %s: %s", status, " ".join(str(error).split()))
+        self._client = None

@@ -24,18 +24,22 @@ class LoadedRun:
     config: RunConfig
     context: DistributedContext
     generator: Generator
-    vqgan: VQGAN | None
-    """None where the run names no VQGAN; drawing then stops at indices."""
+    _vqgan: VQGAN | None = None
 
     def require_vqgan(self) -> VQGAN:
-        """The VQGAN.
+        """The VQGAN, read when it is first asked for: a run that was moved without it can still answer.
 
         Raises:
-            ConfigError: the run names none.
+            ConfigError: the run names none, or its folder is not here.
+            CheckpointError: it cannot be read.
         """
-        if self.vqgan is None:
-            raise ConfigError("model.vq.path is not set: images cannot be encoded or decoded without the VQGAN")
-        return self.vqgan
+        if self._vqgan is None:
+            path = self.config.model.vq.path
+            if path is None or not Path(path).is_dir():
+                state = "is not set" if path is None else f"={path} is not a folder"
+                raise ConfigError(f"model.vq.path {state}: pictures need the VQGAN; add model.vq.path=FOLDER")
+            self._vqgan = VQGAN.load(Path(path), self.context.device)
+        return self._vqgan
 
 
 def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
@@ -73,8 +77,7 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
         system_prompt=config.model.system_prompt,
         max_image_side=config.data.max_image_side,
     )
-    vqgan = VQGAN.load(Path(config.model.vq.path), context.device) if config.model.vq.path else None
-    return LoadedRun(config=config, context=context, generator=generator, vqgan=vqgan)
+    return LoadedRun(config=config, context=context, generator=generator)
 
 
 def layout_of_overrides(overrides: Sequence[str]) -> ParallelConfig:

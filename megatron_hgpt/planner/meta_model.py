@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,11 +77,14 @@ def fake_process_group(world_size: int, rank: int) -> Iterator[None]:
 
     if torch.distributed.is_initialized():
         raise HealthGPTError("the planner needs a process of its own: here a process group is open; close it first")
+    # torch puts the rank before every traceback of the process, once more with each group and beyond its end.
+    hook = sys.excepthook
     torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        sys.excepthook = hook
 
 
 @contextlib.contextmanager

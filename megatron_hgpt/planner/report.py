@@ -12,9 +12,11 @@ from megatron_hgpt.planner.request import PlanRequest
 
 _COLUMNS = ("TP", "PP", "CP", "DP", "micro", "fits", "GiB", "frozen", "train", "grad", "optim", "activ", "work",
             "step s", "tok/s", "MFU", "bottleneck")  # fmt: skip
+_MILLISECONDS_BELOW_S = 0.1
+"""A fastest step shorter than this has its time, and that of all others, in milliseconds."""
 
 
-def _row(plan: LayoutPlan) -> list[str]:
+def _row(plan: LayoutPlan, *, in_ms: bool) -> list[str]:
     layout, peak, time = plan.layout, plan.peak, plan.time
     sizes = (peak.total, peak.frozen, peak.trained, peak.gradients, peak.optimizer, peak.activations, peak.working)
     share = getattr(time, time.bottleneck) / time.total
@@ -24,7 +26,7 @@ def _row(plan: LayoutPlan) -> list[str]:
         str(plan.num_micro_batches),
         "yes" if plan.fits else "no",
         *(f"{size / GIB:.1f}" for size in sizes),
-        f"{time.total:.2f}",
+        f"{time.total * (1000 if in_ms else 1):.2f}",
         f"{plan.tokens_per_s:,.0f}",
         f"{plan.mfu:.1%}",
         f"{time.bottleneck} {share:.0%}",
@@ -57,7 +59,10 @@ def header_lines(request: PlanRequest) -> list[str]:
 
 def table(plan: Plan, *, top: int) -> str:
     """The plan as text: question, layouts (memory in GiB of the fullest rank), reasons of refusals."""
-    rows = [list(_COLUMNS), *(_row(layout) for layout in plan.layouts[:top])]
+    shown = plan.layouts[:top]
+    in_ms = min(layout.time.total for layout in shown) < _MILLISECONDS_BELOW_S
+    head = ["step ms" if in_ms and name == "step s" else name for name in _COLUMNS]
+    rows = [head, *(_row(layout, in_ms=in_ms) for layout in shown)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     last = len(_COLUMNS) - 1
     lines = [*header_lines(plan.request), ""]
@@ -69,17 +74,24 @@ def table(plan: Plan, *, top: int) -> str:
     num_fit = sum(layout.fits for layout in plan.layouts)
     lines += [
         "",
-        f"{num_fit} of {len(plan.layouts)} legal layouts fit; the first {min(top, len(plan.layouts))} are shown",
+        f"{num_fit} of {len(plan.layouts)} legal layouts fit; the first {len(shown)} are shown",
     ]
     best = plan.layouts[0]
     if best.fits:
         overrides = " ".join(override_arguments(plan.request, best))
         lines.append(f"best        {overrides}")
-    most = sorted(plan.refused.items(), key=lambda item: -item[1])
-    lines += [f"illegal     {count:>4} x {reason}" for reason, count in most[:8]]
-    if len(most) > 8:
-        lines.append(f"illegal     and {len(most) - 8} other reasons; --json lists all")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_refused_lines(plan)])
+
+
+def _refused_lines(plan: Plan) -> list[str]:
+    """Why layouts are missing: the reasons where the user fixed a size, for then it may be one of theirs."""
+    request, most = plan.request, sorted(plan.refused.items(), key=lambda item: -item[1])
+    if not most:
+        return []
+    if request.tensor is request.pipeline is request.context is None:
+        return [f"illegal     {sum(plan.refused.values())} layouts are not legal; --json lists them with reasons"]
+    lines = [f"illegal     {count:>4} x {reason}" for reason, count in most[:8]]
+    return [*lines, f"illegal     and {len(most) - 8} other reasons; --json lists all"] if len(most) > 8 else lines
 
 
 def override_arguments(request: PlanRequest, plan: LayoutPlan) -> list[str]:

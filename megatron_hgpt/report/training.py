@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.errors import DataError
+from megatron_hgpt.errors import DataError, reason_of
 from megatron_hgpt.hooks.figures import duration
 from megatron_hgpt.hooks.metrics import read_metrics, read_validations
 from megatron_hgpt.report.charts import Series, line_chart
@@ -45,7 +45,9 @@ def read_run(folder: Path) -> Run:
         path = folder / "resolved_config.yaml"
         config_yaml = path.read_text(encoding="utf-8")
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); the stage has to run to its end first") from error
+        raise DataError(
+            f"{path}: cannot be read ({reason_of(error)}); the stage has to run to its end first"
+        ) from error
     return Run(metrics=metrics, validations=validations, summary=summary, config_yaml=config_yaml)
 
 

@@ -62,14 +62,13 @@ def train_vqgan(
         ConfigError: a number is out of its range.
         DataError: no images, or fewer latents than codes.
     """
-    if resolution < 8 or resolution % 8:
-        raise ConfigError(f"resolution={resolution} must be a positive multiple of 8")
-    if num_steps < 2:
-        raise ConfigError(f"num_steps={num_steps} must be at least 2: one for the autoencoder, one for the decoder")
-    if num_codes < 1 or len(images) * (resolution // 8) ** 2 < num_codes:
-        raise DataError(f"{len(images)} images of {resolution} pixels have too few latents for num_codes={num_codes}")
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty; choose another folder for the VQGAN")
+    check_settings(folder, resolution=resolution, num_codes=num_codes, num_steps=num_steps)
+    latents = len(images) * (resolution // 8) ** 2
+    if latents < num_codes:
+        raise DataError(
+            f"{len(images)} images of {resolution} pixels have {latents} latents, fewer than num_codes={num_codes}; "
+            "give more images, a larger resolution or fewer codes"
+        )
     start = time.perf_counter()
     config = _config(resolution, num_codes)
     generator = torch.Generator().manual_seed(seed)
@@ -91,6 +90,23 @@ def train_vqgan(
     _write(folder, config, model)
     logger.info("VQGAN: %.2f dB, %d of %d codes, %.0f s", *list(result.values())[:2], num_codes, result["seconds"])
     return result
+
+
+def check_settings(folder: Path, *, resolution: int, num_codes: int, num_steps: int) -> None:
+    """What can be refused before a picture is read.
+
+    Raises:
+        ConfigError: a number is out of its range.
+        DataError: `folder` is in use.
+    """
+    if resolution < 8 or resolution % 8:
+        raise ConfigError(f"resolution={resolution} must be a positive multiple of 8")
+    if num_codes < 1:
+        raise ConfigError(f"num_codes={num_codes} must be at least 1")
+    if num_steps < 2:
+        raise ConfigError(f"num_steps={num_steps} must be at least 2: one for the autoencoder, one for the decoder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty; choose another folder for the VQGAN")
 
 
 def _config(resolution: int, num_codes: int) -> VQGANConfig:

@@ -89,7 +89,7 @@ def parse_record(
     if not isinstance(record, dict):
         raise SkipSample("malformed_record", f"expected a JSON object, got {str(record)[:80]!r}")
     turns = _turns(record.get("conversations"))
-    images = [_picture(item, image_root) for item in _as_list(record.get("image", record.get("images")))]
+    images = [resolve_picture(item, image_root) for item in input_pictures(record)]
     indices = _indices(record, turns, num_codes=num_codes, num_indices=num_indices)
     target = record.get("target_image")
     task = _task(record, has_target=indices is not None or target is not None)
@@ -105,7 +105,7 @@ def parse_record(
         task=task,
         turns=turns,
         images=images,
-        target_image=_picture(target, image_root) if indices is None and target is not None else None,
+        target_image=resolve_picture(target, image_root) if indices is None and target is not None else None,
         target_indices=indices,
         source=str(record.get("source", source)),
         metadata={key: value for key, value in record.items() if key not in _FIELDS},
@@ -136,7 +136,9 @@ def _turns(conversations: Any) -> list[Turn]:
     return turns
 
 
-def _as_list(value: Any) -> list[Any]:
+def input_pictures(record: dict[str, Any]) -> list[Any]:
+    """What a record names as its pictures, for `resolve_picture`; the one to draw is not among them."""
+    value = record.get("image", record.get("images"))
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -151,8 +153,12 @@ def _task(record: dict[str, Any], *, has_target: bool) -> Task:
     return Task(name)
 
 
-def _picture(item: Any, image_root: Path) -> Path | bytes:
-    """A path under the root, or the encoded bytes (parquet)."""
+def resolve_picture(item: Any, image_root: Path) -> Path | bytes:
+    """A path under the root, or the encoded bytes (parquet).
+
+    Raises:
+        SkipSample: ``malformed_record``, ``path_escape`` (absolute, or out of the root), ``missing_image``.
+    """
     if isinstance(item, bytes) and item:
         return item
     if not isinstance(item, str) or not item or "\0" in item:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.vision.preprocess import load_image
 from megatron_hgpt.vision.vqgan import VQGAN
-from megatron_hgpt.vision.vqgan_training import train_vqgan
-from megatron_hgpt.vl_health.llava_json import read_records
+from megatron_hgpt.vision.vqgan_training import check_settings, train_vqgan
+from megatron_hgpt.vl_health.llava_json import input_pictures, read_records, resolve_picture
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,24 @@ class Pictures:
     """Reason -> files."""
 
 
-def picture_files(sources: Iterable[Path], image_root: Path | None = None) -> list[Path]:
-    """Every picture of the sources once, sorted.
+class _Skips:
+    """Counts what cannot be used by reason, and logs the first of each reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, error: SkipSample) -> None:
+        if not self.counts[error.reason]:
+            logger.warning("skipped %s (further ones are counted)", error)
+        self.counts[error.reason] += 1
+
+
+def picture_files(sources: Iterable[Path], image_root: Path | None = None) -> tuple[list[Path], Counter[str]]:
+    """Every picture of the sources once, sorted, and how many names in records are of no picture, by reason.
 
     Args:
-        sources: folders (searched to any depth) and records files (``image`` and ``target_image`` of each record).
+        sources: folders (searched to any depth) and records files (pictures and ``target_image`` of each record, by
+            the rules of `llava_json.resolve_picture`).
         image_root: folder that the records' paths are relative to; None takes that of the records file.
 
     Raises:
@@ -53,23 +66,37 @@ def picture_files(sources: Iterable[Path], image_root: Path | None = None) -> li
     """
     sources = list(sources)
     files: set[Path] = set()
+    skips = _Skips()
     for source in sources:
         if source.is_dir():
             files |= {path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES}
         elif source.is_file():
-            root = image_root or source.parent
-            for record in read_records(source):
-                named = [record.get("image"), record.get("target_image")]
-                names = [name for item in named for name in (item if isinstance(item, list) else [item])]
-                files |= {root / name for name in names if isinstance(name, str) and name}
+            files |= set(_pictures_of_records(source, image_root or source.parent, skips))
         else:
             raise DataError(f"{source} does not exist; name a folder of pictures or a JSON file of records")
     if not files:
         raise DataError(
             f"no picture in {', '.join(map(str, sources))}: looked for {', '.join(sorted(SUFFIXES))} in folders, for "
-            "image and target_image in records"
+            f"image and target_image in records (skipped: {dict(skips.counts) or 'none'})"
         )
-    return sorted(files)
+    return sorted(files), skips.counts
+
+
+def _pictures_of_records(file: Path, image_root: Path, skips: _Skips) -> Iterator[Path]:
+    """Pictures by the rules that preprocessing has for them; the rest of a record may be anything."""
+    for record in read_records(file):
+        if not isinstance(record, dict):
+            skips.add(SkipSample("malformed_record", f"expected a JSON object, got {str(record)[:80]!r}"))
+            continue
+        target = record.get("target_image")
+        for item in [*input_pictures(record), *([] if target is None else [target])]:
+            try:
+                picture = resolve_picture(item, image_root)
+            except SkipSample as error:
+                skips.add(error)
+                continue
+            if isinstance(picture, Path):  # JSON holds no bytes
+                yield picture
 
 
 def read_pictures(files: Sequence[Path], resolution: int) -> Pictures:
@@ -78,16 +105,15 @@ def read_pictures(files: Sequence[Path], resolution: int) -> Pictures:
     Raises:
         DataError: no file can be read.
     """
-    pictures = Pictures()
+    pictures, skips = Pictures(), _Skips()
     for file in files:
         try:
             image = load_image(file)
         except SkipSample as error:
-            if not pictures.skipped[error.reason]:
-                logger.warning("skipped %s (further ones are counted)", error)
-            pictures.skipped[error.reason] += 1
+            skips.add(error)
             continue
         pictures.images.append(image.resize((resolution, resolution), Image.Resampling.LANCZOS))
+    pictures.skipped = skips.counts
     if not pictures.images:
         raise DataError(f"none of {len(files)} pictures can be read ({dict(pictures.skipped)}); first: {files[0]}")
     return pictures
@@ -118,12 +144,12 @@ def train_on_pictures(
         ConfigError: a number is out of its range.
         DataError: no readable pictures, fewer latents than codes, or `output` is in use.
     """
-    if resolution < 8 or resolution % 8:
-        raise ConfigError(f"resolution={resolution} must be a positive multiple of 8")
-    pictures = read_pictures(picture_files(sources, image_root), resolution)
+    check_settings(output, resolution=resolution, num_codes=num_codes, num_steps=num_steps)
+    files, unnamed = picture_files(sources, image_root)
+    pictures = read_pictures(files, resolution)
     held_out = pictures.images[HOLD_OUT_PERIOD - 1 :: HOLD_OUT_PERIOD]
     train = [image for i, image in enumerate(pictures.images) if i % HOLD_OUT_PERIOD != HOLD_OUT_PERIOD - 1]
-    num_skipped = pictures.skipped.total()
+    num_skipped = pictures.skipped.total() + unnamed.total()
     logger.info("%d pictures to train on, %d held out, %d skipped", len(train), len(held_out), num_skipped)
     result = train_vqgan(
         train,

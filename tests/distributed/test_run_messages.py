@@ -32,7 +32,7 @@ class Counts(Hook):
 
 
 def fit(backbone: Path, folder: Path, num_steps: int, lr: float) -> tuple[list[str], dict[str, int]]:
-    """The trainer's lines before its first step, and the counts at the end."""
+    """The lines of trainer and checkpointer before the first step, and the counts at the end."""
     from megatron_hgpt import distributed
 
     lines: list[str] = []
@@ -43,6 +43,7 @@ def fit(backbone: Path, folder: Path, num_steps: int, lr: float) -> tuple[list[s
 
     trainer_log = logging.getLogger("megatron_hgpt.trainer")
     trainer_log.addHandler(Lines())
+    logging.getLogger("megatron_hgpt.checkpoint.checkpointer").addHandler(Lines())
     trainer_log.setLevel(logging.INFO)
     training = TrainingConfig(num_steps=num_steps, precision="fp32", micro_batch_size=2, global_batch_size=8)
     config = tiny_config(backbone, folder, training=training, checkpoint=CheckpointConfig(save_interval_steps=1000))
@@ -66,6 +67,13 @@ def test_a_resumed_run_says_what_changed_and_counts_samples_of_all_ranks(tmp_pat
             "changed since that checkpoint: training.num_steps: 2 -> 3",
         ]
         assert Counter(counts) == {"truncated": 2, "skipped/unreadable_image": 1}, "of this process only"
+    ((lines, _),) = run_ranks(fit, 1, backbone, tmp_path / "run", 3, 1e-3)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
+    assert lines == [
+        f"{checkpoint} was saved at pipeline 1 x tensor 1 x data and context 2 and goes on at pipeline 1 x tensor 1 x "
+        "data and context 1: dropout draws anew",
+        f"resumed from {checkpoint}: 3 of 3 steps are done",
+    ]
 
 
 def test_the_console_shows_time_and_message(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def _preprocess(run: Path, shared: Path) -> dict[str, Any]:
 
 
 def _train(run: Path) -> None:
-    from megatron_hgpt.train import main
+    from megatron_hgpt.run_stage import main
 
     os.chdir(run.parent)  # output_dir is left at its default
     main(load_resolved(run, SHORT))

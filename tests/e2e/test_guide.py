@@ -1,4 +1,8 @@
-"""docs/guide.md at tiny size: every command of it is parsed, and run in a folder such as the guide describes."""
+"""docs/guide.md at tiny size: every command of it is parsed, and run in a folder such as the guide describes.
+
+Running them all is slow (`make test-slow`): eight trainings of two processes and a dozen other commands, of which
+most import torch; three to six minutes on two cores. Parsing them is part of every test run.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,14 @@ hgpt() {
     if [ "$1" = train ]; then
         "$PYTHON" -m megatron_hgpt "$@" training.num_epochs=null training.num_steps=2 training.precision=fp32 \\
             training.micro_batch_size=2 training.global_batch_size=4
+    elif [ "$1" = train-vqgan ]; then
+        "$PYTHON" -m megatron_hgpt "$@" --steps 4 --num-codes 64
     else
         "$PYTHON" -m megatron_hgpt "$@"
     fi
 }
-python() { "$PYTHON" "$ROOT/$1" "${@:2}" --steps 4 --num-codes 64; }
 """
-"""What the guide's commands mean here: this Python, and runs of two steps."""
+"""What the guide's commands mean here: this Python, runs of two steps, and a VQGAN of four."""
 
 
 def blocks(language: str) -> list[str]:
@@ -44,11 +49,12 @@ def commands() -> list[str]:
 
 def test_the_guide_names_every_step() -> None:
     text = "\n".join(commands())
-    for command in ("config", "preprocess", "train", "evaluate", "generate", "report"):
+    for command in ("train-vqgan", "config", "preprocess", "train", "evaluate", "generate", "report"):
         assert f"hgpt {command} " in text
     assert len(blocks("yaml")) == 1 and len(blocks("json")) == 1
     from megatron_hgpt.stages import STAGES
 
+    assert all(line.startswith("hgpt ") for line in commands()), "they run from a user's own folder"
     named = set(re.findall(r"training\.stage=(\w+)", text))
     assert named == set(STAGES), "the guide shows every stage"
 
@@ -120,12 +126,11 @@ def test_the_guides_records_are_records(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_runs(world: Path) -> None:
-    """Three to six minutes on two cores: eight runs of two steps, each with its processes."""
+    """Three to six minutes on two cores: the only test in which the guide's commands meet each other's files."""
     if not hasattr(importlib.import_module("megatron_hgpt.cli"), "__path__"):
         pytest.skip("the command line is no package here")
     environment = {
-        **os.environ, "PYTHON": sys.executable, "ROOT": str(ROOT), "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     printed = []
     for block in blocks("bash"):

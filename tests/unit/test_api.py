@@ -55,17 +55,6 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     assert python(code, tmp_path).stdout == "[] False run\n"
 
 
-@pytest.mark.parametrize("first", ["import megatron_hgpt.train", "from megatron_hgpt import train as earlier"])
-def test_train_is_the_function_whoever_was_imported_first(first: str, tmp_path: Path) -> None:
-    """It has the name of a module of the package."""
-    code = (
-        f"{first}\nfrom megatron_hgpt import RunConfig, train\nimport megatron_hgpt.train as module\n"
-        "module.main = lambda config: print('trains', config.name)\ntrain(RunConfig())"
-    )
-    done = python(code, tmp_path)
-    assert done.stdout == "trains run\n", done.stderr
-
-
 def test_every_name_is_there_and_typed() -> None:
     assert {name for name in megatron_hgpt.__all__ if getattr(megatron_hgpt, name) is not None} <= set(
         dir(megatron_hgpt)

@@ -19,7 +19,7 @@ PACKAGE = sorted((ROOT / "megatron_hgpt").rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "testing"),
     ("demo",),
-    ("train",),
+    ("run_stage",),
     ("planner",),
     ("report",),
     ("evaluation",),

@@ -126,6 +126,15 @@ def test_tracker_gives_the_same_draws_again_and_leaves_the_default_generator_alo
     assert result.returncode == 0, result.stderr
 
 
+@cpu_only
+def test_the_platform_is_no_news() -> None:
+    """Every command would say it; the head of a training run names the layers."""
+    code = "from megatron_hgpt import cpu_platform; cpu_platform.install_if_needed()"
+    quiet, loud = (run(f"import logging; logging.basicConfig(level='{level}')\n{code}", install=False) for level in
+                   ("INFO", "DEBUG"))  # fmt: skip
+    assert "no CUDA device" not in quiet.stderr and "no CUDA device" in loud.stderr
+
+
 def test_a_gpu_machine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "Stream")}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from megatron_hgpt.demo.tokenizers import make_tiny_tokenizer
 from megatron_hgpt.dry_run import describe
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.stages import STAGES
-from megatron_hgpt.validation import validate
+from megatron_hgpt.validation import find_problems, validate
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 RUNS = sorted(CONFIGS.glob("*_stage*.yaml"))
@@ -147,6 +148,20 @@ def test_paths_must_exist(field: str, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()  # checking writes nothing
 
 
+@pytest.mark.parametrize(
+    ("field", "module", "package"),
+    [("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow", "mlflow-skinny")],
+)
+def test_a_missing_tracker_is_said_before_anything_starts(
+    field: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    config = tiny(f"logging.{field}=mine")
+    validate(config, 1, check_paths=False)
+    message = f"logging.{field}=mine needs the package {package}: pip install {package}, or set it to null"
+    assert message in find_problems(config, 1)
+
+
 def test_batch_size_and_replicas() -> None:
     assert global_batch_size(tiny()) == 8
     assert global_batch_size(tiny("training.global_batch_size=null", "training.stage=stage1_generation")) == 64
@@ -223,18 +238,24 @@ def test_the_dry_run_reads_the_length_of_an_epoch_from_the_manifests(tmp_path: P
     overrides = ["training.num_steps=null", "training.num_epochs=2", "training.micro_batch_size=2"]
     config = tiny(*overrides, f"data.train={folders}")
     # 13 comprehension and 3 generation samples: 7 + 2 micro-batches, 4 per step, so 3 steps per epoch.
-    assert "2 epochs of 16 samples: 6 steps" in describe(config, 1)
+    assert "  6 steps = 48 samples drawn = 3.0 epochs of 16\n" in describe(config, 1)
+    assert "warning" not in describe(config, 1)
     config.training.stage = "stage3_generation"
-    assert "2 epochs of 3 samples: 2 steps" in describe(config, 1)
+    assert "  2 steps = 16 samples drawn = 5.3 epochs of 3\n" in describe(config, 1)
+    assert (
+        "\nwarning: every step repeats samples: training.global_batch_size=8 and there are 3 samples; lower it, or add "
+        "data" in describe(config, 1)
+    )
     config.training.num_epochs = 0.01  # rounds to no step at all, but a run has one
-    assert "0.01 epochs of 3 samples: 1 steps" in describe(config, 1)
+    assert "  1 step = 8 samples drawn = 2.7 epochs of 3\n" in describe(config, 1)
+    config.training.num_epochs, config.training.num_steps = None, 100
+    assert "  100 steps = 800 samples drawn = 266.7 epochs of 3\n" in describe(config, 1)
     (tmp_path / "a" / "manifest.json").write_text("{}")
     assert "unreadable manifest" in describe(config, 1)
 
 
 def test_a_dry_run_imports_no_megatron() -> None:
     import subprocess
-    import sys
 
     code = (
         "import sys; from megatron_hgpt.cli import main; "

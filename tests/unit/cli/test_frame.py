@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hgpt.cli import frame, library_messages
+from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
 from megatron_hgpt.errors import ConfigError, raise_problems
 
 ROOT = Path(__file__).parents[3]
@@ -85,3 +87,33 @@ def test_only_the_known_messages_are_silenced() -> None:
     assert "Apex" not in done.stderr
     assert "The .grad attribute" in done.stderr and "something new" in done.stderr
     assert all(message for message, _, _ in library_messages._WARNINGS)
+
+
+def test_the_system_refuses_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_with(error: OSError) -> int:
+        def run_command(name: str, argv: list[str]) -> int:
+            raise error
+
+        monkeypatch.setattr(frame, "run_command", run_command)
+        return frame.main(["config"])
+
+    assert fail_with(PermissionError(errno.EACCES, "Permission denied", "out/a.json")) == 2
+    assert fail_with(OSError(errno.ENOSPC, "No space left on device")) == 2
+    assert capsys.readouterr().err == (
+        "FileError: cannot read or write out/a.json: Permission denied\n"
+        "FileError: cannot read or write a file: No space left on device\n"
+    )
+    with pytest.raises(ConnectionResetError):  # about no file: a fault, and its traceback says where
+        fail_with(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(frame.signal, "signal", None)
+    with pytest.raises(ConfigError) as refused:
+        rank_from_environment() + world_size_from_environment()
+    assert frame.report_error(refused.value) == 2
+    assert capsys.readouterr().err.startswith(f"ConfigError: {name}='x' must be a whole number of at least ")

@@ -51,6 +51,14 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--preset", "tiny", "--dry-run", "training.num_steps=1", "parallel.tensor_model_parallel_size=3",
       "model.vocabulary.pad_to_multiple=192"], "use 1, 2, 4"),
     (["train", "--preset", "tiny", "--dry-run", "training.num_steps=1", "optimizer.lr=-1"], "optimizer.lr"),
+    (["train", "--lr", "1e-4", "--tensor-model-parallel-size=2", "--sequence-parallel", "--train-iters", "9"],
+     "write optimizer.lr=1e-4 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true "
+     "training.num_steps=9\n"),
+    (["train", "--save", "runs/a", "--load", "runs/b", "--micro-batch-size", "4"],
+     "write checkpoint.directory=runs/a 'checkpoint.init_from=[runs/b]' training.micro_batch_size=4\n"),
+    (["report", "--out", "page.html", "--lr", "1"], "unrecognized arguments: --lr"),
+    (["train", "records.json"], "hgpt train: records.json is a file; write --config records.json"),
+    (["help", "trian"], "did you mean train?"),
     (["preprocess", "--input", "records.json"], "the following arguments are required: --output"),
     (["preprocess", "--preset", "tiny", "--input", "nowhere.json", "--output", "out"], "nowhere.json is not a file"),
     (["preprocess", "--input", "records.json", "--output", "out", "--workers", "many"],
@@ -61,9 +69,26 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["cache-features", "--preset", "tiny", "--dataset", "empty", "--depths", "all"], "invalid choice: 'all'"),
     (["generate", "--checkpoint", "run"], "the following arguments are required: --question"),
     (["generate", "--checkpoint", "run", "--question", "CT?", "--image", "no.png"], "--image no.png is not a file"),
+    (["generate", "--checkpoint", "run", "--question", "CT?", "--image", "records.json"], "records.json"),
+    (["generate", "--checkpoint", "run", "--question", "<image> CT?"], "--question has 1 <image> for 0 --image"),
+    (["generate", "--checkpoint", "run", "--question", "?", "--draw", "a.txt"], "a.txt: .txt is not a picture's"),
+    (["generate", "--checkpoint", "run", "--question", "?", "--draw", "a"], "--draw a: no ending is not a picture's"),
+    *[(["generate", "--checkpoint", "run", "--question", "?", name, value], f"{value!r} must be a")
+      for name, value in (("--temperature", "-1"), ("--temperature", "inf"), ("--temperature", "nan"),
+                          ("--top-k", "-1"), ("--top-p", "0"),
+                          ("--top-p", "1.1"), ("--top-p", "x"))],
     (["evaluate", "--checkpoint", "run", "--data", "no.json", "--output", "out"], "--data no.json is not a file"),
+    (["evaluate", "--checkpoint", "run", "--data", "records.json", "--output", "records.json/out"],
+     "cannot read or write records.json"),
+    (["generate", "--checkpoint", "run", "--question", "?", "--draw", "records.json/a.png"],
+     "cannot read or write records.json"),
+    (["evaluate", "--checkpoint", "run", "--data", "a/x.json", "--data", "b/x.json", "--output", "out"],
+     "--data a/x.json and b/x.json would both be split 'x'"),
+    (["report", "--out", "records.json/page.html", "--note", "a=b", "--evaluation", "x=evaluation"],
+     "cannot read or write records.json"),
     (["report", "--out", "page.html"], "the report would be empty"),
-    (["report", "--out", "page.html", "--run", "nowhere"], "nowhere"),
+    (["report", "--out", "page.html", "--run", "nowhere"],
+     "DataError: nowhere/metrics.jsonl: cannot be read (No such file or directory); give"),
     (["report", "--out", "page.html", "--note", "text"], "'text' is not of the form NAME=VALUE"),
     (["plan"], "name a model: --preset healthgpt_m3"),
     (["plan", "--preset", "healthgpt_l14", "--gpu", "h300"], "--gpu 'h300' is unknown"),
@@ -75,6 +100,17 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["config", "--explain", "train"], "did you mean training?"),
     (["config", "--explain", "learning.rate.of.things"], "hgpt config --explain lists them"),
     (["demo", "--backbone", "gpt"], "invalid choice: 'gpt'"),
+    (["demo", "training.sed=1"], "did you mean training.seed?"),
+    (["demo", "training.seed=x"], "training.seed='x'"),
+    (["demo", "--vqgan-steps", "1"], "'1' must be a whole number of at least 2"),
+    (["demo", "--max-vqa", "-1"], "'-1' must be a whole number of at least 0"),
+    (["demo", "--max-images", "few"], "'few' must be a whole number of at least 0"),
+    (["train-vqgan", "--images", "empty"], "the following arguments are required: --output"),
+    (["train-vqgan", "--images", "empty", "--output", "out", "--num-codes", "0"],
+     "'0' must be a whole number of at least 1"),
+    (["train-vqgan", "--images", "empty", "--output", "out", "--resolution", "20"], "resolution=20 must be a positive"),
+    (["train-vqgan", "--images", "nowhere", "--output", "out"], "nowhere does not exist; name a folder"),
+    (["train-vqgan", "--images", "empty", "--output", "out"], "no picture in empty"),
 ]  # fmt: skip
 
 EVERY_CASE = """
@@ -100,6 +136,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     (folder / "empty").mkdir()
     (folder / "run" / "step_00000001").mkdir(parents=True)
     (folder / "records.json").write_text("[]")
+    summary = {"vqa": [], "images": []}
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "results.json").write_text(json.dumps({"split": "x", "summary": summary, **summary}))
     done = subprocess.run(
         [sys.executable, "-c", EVERY_CASE, json.dumps([arguments for arguments, _ in MISTAKES])],
         cwd=folder, env=_environment(), capture_output=True, text=True, timeout=300,
@@ -122,11 +161,11 @@ def test_a_mistake_is_one_line_and_status_2(case: int, outcomes: list[Any]) -> N
     several = re.match(r"ConfigError: (\d+) problems\n", err)
     assert err.count("\n") == (1 + int(several[1]) if several else 1) and err.endswith("\n"), err
     assert MISTAKES[case][1] in err
-    assert err.split(":")[0] in ("ConfigError", "DataError", "CheckpointError", "UsageError")
+    assert err.split(":")[0] in ("ConfigError", "DataError", "CheckpointError", "UsageError", "FileError")
 
 
 def test_every_command_is_in_the_table_of_mistakes() -> None:
-    assert set(COMMANDS) <= {arguments[0] for arguments, _ in MISTAKES}
+    assert {*COMMANDS} <= {arguments[0] for arguments, _ in MISTAKES}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -139,6 +178,7 @@ def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str], monke
     assert max(map(len, lines)) <= 100
     assert f"hgpt {name}" in "\n".join(lines[2:]), "an example"
     assert "\n" not in command_named(name).HELP
+    assert "tools/" not in command_named(name).EXAMPLES
 
 
 def test_the_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +187,8 @@ def test_the_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 40 and max(map(len, lines)) <= 100
         assert all(any(line.split()[:1] == [name] for line in lines) for name in COMMANDS)
+    assert main(["help", "train"]) == 0
+    assert capsys.readouterr().out.startswith("usage: hgpt train ")
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("megatron_hgpt ")
 
@@ -171,7 +213,8 @@ def test_the_entry_point_and_the_module_are_the_same_command() -> None:
 @pytest.mark.parametrize(
     ("tool", "command"),
     [("preprocess_vl_health", "preprocess"), ("cache_features", "cache-features"), ("evaluate", "evaluate"),
-     ("generate", "generate"), ("make_report", "report"), ("plan", "plan"), ("run_demo", "demo")],
+     ("generate", "generate"), ("make_report", "report"), ("plan", "plan"), ("run_demo", "demo"),
+     ("train_vqgan", "train-vqgan")],
 )  # fmt: skip
 def test_a_tool_is_its_command(tool: str, command: str) -> None:
     path = ROOT / "tools" / f"{tool}.py"

@@ -88,6 +88,16 @@ def test_fewer_gpus_than_one_replica_needs(monkeypatch: pytest.MonkeyPatch) -> N
         processes_per_node(ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=3), Nodes())
 
 
+def test_too_few_gpus_are_one_problem_among_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["train", "--config", str(CONFIG), "--dry-run", "optimizer.lr=-1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ConfigError: 2 problems\n")
+    assert "needs 2 GPUs, this machine has 1" in error and "optimizer.lr=-1" in error
+
+
 def test_one_machine_meets_by_itself_and_several_at_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -97,7 +97,7 @@ def test_each_epoch_draws_every_sample_once_in_another_order(tmp_path: Path, mak
 def test_last_micro_batch_wraps_around(tmp_path: Path, make_dataset: Make) -> None:
     config = _config([make_dataset(tmp_path / "a", [C] * 5)], shuffle=False)
     loader = _loader(config, tasks=[C], global_batch_size=2)
-    assert loader.steps_per_epoch == 3
+    assert (loader.steps_per_epoch, loader.epoch_size) == (3, 5)
     drawn = [ids for step in _steps(loader, 4) for ids in step]
     assert drawn == [("c0", "c1"), ("c2", "c3"), ("c4", "c0"), ("c0", "c1")]
 

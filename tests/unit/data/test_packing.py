@@ -114,7 +114,7 @@ def _loader(folders: list[Path], packing: str, *, capacity: int = 16, num_rows: 
 def test_an_epoch_draws_every_sample_once(packing: str, tmp_path: Path, make_dataset: Make) -> None:
     folders = [make_dataset(tmp_path / "a", [C] * 6 + [G] * 4), make_dataset(tmp_path / "b", [C] * 2 + [G] * 4)]
     loader = _loader(folders, packing)
-    assert loader.steps_per_epoch == 4  # 16 samples, two in a row, two rows in a step
+    assert (loader.steps_per_epoch, loader.epoch_size) == (4, 8)  # 16 samples, two in a row, two rows in a step
     rows = [batch for _ in range(4) for batch in loader.next_step()]
     assert Counter(sample for row in rows for sample in row.sample_ids) == Counter(
         [*(f"c{i}" for i in range(6)), *(f"g{i}" for i in range(6, 10)), "c0", "c1", "g2", "g3", "g4", "g5"]

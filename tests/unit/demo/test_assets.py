@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_hgpt.demo import assets as assets_module
+from megatron_hgpt.demo.stage_configs import STAGES, model_section, write_stage_config
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.model_folders import load_resolved
+from megatron_hgpt.validation import find_problems
 from megatron_hgpt.vision.vqgan import VQGAN
 
 
@@ -69,3 +73,15 @@ def test_all_tiny_assets(tmp_path: Path) -> None:
     config = json.loads((tmp_path / assets["backbone"] / "config.json").read_text())
     assert config["vocab_size"] == assets["text_vocab_size"]
     VQGAN.load(tmp_path / assets["vqgan"])
+    _check_stage_configs(tmp_path, assets)
+
+
+def _check_stage_configs(folder: Path, assets: dict[str, Any]) -> None:
+    """Paths alone describe the model, and the preset beneath agrees with what they say."""
+    model = model_section(assets, folder)
+    assert sorted(model) == ["backbone", "tokenizer", "vision", "vocabulary", "vq"]
+    for stage in STAGES:
+        config = load_resolved(write_stage_config(folder / "run", "tiny", stage, model, []))
+        assert config.model.vocabulary.text_size == assets["text_vocab_size"]
+        assert config.model.template == "phi3_instruct"
+        assert find_problems(config, 2, check_paths=False) == []

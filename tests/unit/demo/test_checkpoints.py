@@ -42,6 +42,13 @@ def test_decoder_loads_untied_and_seeded(write: Callable[..., None], architectur
     assert torch.isfinite(model(torch.tensor([[1, 5, 76]])).logits).all()
 
 
+def test_writing_draws_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoints.write_tiny_phi3(tmp_path / "phi3", text_vocab_size=50)
+    checkpoints.write_tiny_clip(tmp_path / "clip")
+    assert capfd.readouterr().err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_layouts_of_the_three_families(tmp_path: Path) -> None:
     checkpoints.write_tiny_phi3(tmp_path / "phi3", text_vocab_size=50, num_kv_heads=2, sliding_window=7)
     phi3 = load_file(tmp_path / "phi3" / "model.safetensors")

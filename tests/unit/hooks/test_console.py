@@ -84,6 +84,22 @@ def test_a_stopped_stage_says_how_to_go_on(make_state, run_steps, lines) -> None
     assert lines()[-1] == "  next        start the same command again to go on"
 
 
+def test_a_run_with_nothing_left_to_do_says_so_and_how_to_go_on(make_state, run_steps, make_validation, lines) -> None:
+    run_steps(_hooks(), make_state(), last=4, finish=False)
+    hooks, state = _hooks(), make_state(step=4)
+    hooks[0].on_validation(state, make_validation(4, 5.8))
+    run_steps(hooks, state, last=4)
+    assert lines()[-5] == ("stage2: nothing to do: 4 of 4 steps are done; raise training.num_steps or num_epochs")
+    assert lines()[-4:-2] == ["  loss        4.0000 -> 1.0000", "  validation  5.8000 at step 4"]
+    assert not any("tokens/s" in line for line in lines()[-5:])
+
+
+def test_one_step(make_state, run_steps, lines) -> None:
+    run_steps(_hooks(), make_state(total_steps=1), last=1)
+    assert re.fullmatch(r"stage2 is done: 1 step in .*", lines()[1])
+    assert lines()[2] == "  loss        4.0000"
+
+
 def test_a_stage_before_the_last_names_the_next_one(make_state, run_steps, lines) -> None:
     state = make_state(stage="stage1_generation")
     state.config.training.stage = state.stage

@@ -28,7 +28,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _header(config: RunConfig, *, validation: Any = None) -> dict[str, str]:
-    loader: Any = SimpleNamespace(num_samples={Task.COMPREHENSION: 1200, Task.GENERATION: 80}, steps_per_epoch=160)
+    loader: Any = SimpleNamespace(num_samples={Task.COMPREHENSION: 1200, Task.GENERATION: 80}, epoch_size=1280)
     headline, *rows = header_lines(
         config,
         CONTEXT,
@@ -63,7 +63,7 @@ def test_everything_that_a_user_asks_first(backbone: Path, tmp_path: Path) -> No
         "data": "1,200 comprehension and 80 generation samples in /data/a, /data/b; not packed",
         "validation": "9 generation samples in /data/held-out, every 50 steps and after the last",
         "batch": "8 samples per step = micro-batch of 2 x 2 accumulated x 2 data-parallel",
-        "length": "400 steps = 2.5 epochs",
+        "length": "400 steps = 3,200 samples drawn = 2.5 epochs of 1,280",
         "checkpoints": f"{tmp_path}/out/checkpoints, every 1,000 steps, newest 2 kept",
         "metrics": f"{tmp_path}/out: metrics.jsonl, validation.jsonl, summary.json, resolved_config.yaml",
         "TensorBoard": f"tensorboard --logdir {tmp_path}/out/tensorboard",
@@ -80,8 +80,22 @@ def test_packing_and_no_validation(backbone: Path, tmp_path: Path) -> None:
     rows = _header(config)
     assert rows["data"].endswith("; packed mixed into rows of 64 tokens")
     assert rows["batch"].startswith("8 packed rows per step")
+    assert rows["length"] == "400 steps = 3,200 packed rows drawn = 2.5 epochs of 1,280"
     assert rows["validation"] == "none (data.validation is empty)"
     assert "validation.jsonl" not in rows["metrics"] and "TensorBoard" not in rows
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_later_stage_that_starts_from_nothing_says_so(stage: str, backbone: Path, tmp_path: Path) -> None:
+    config = tiny_config(backbone, tmp_path)
+    config.training.stage = stage
+    row = _header(config).get("starts from")
+    if stage.startswith("stage1"):
+        assert row is None
+    else:
+        assert row == (
+            "nothing trained earlier: adapters and plugins are new (checkpoint.init_from names earlier stages)"
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)

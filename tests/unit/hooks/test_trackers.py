@@ -5,6 +5,7 @@ Nothing here reaches a network: W&B is offline, MLflow writes files.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,8 @@ class FakeMlflow(SimpleNamespace):
         return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
 
     def update_run(self, run_id: str, *, status: str) -> None:
+        if run_id not in self.runs:
+            raise self.MlflowException(f"no run\n{run_id}")
         self.runs[run_id].status = status
 
     def log_batch(self, run_id: str, *, metrics: Any = (), params: Any = ()) -> None:
@@ -119,6 +122,8 @@ class FakeMlflow(SimpleNamespace):
             run.metrics.append((name, value, step))
 
     def set_terminated(self, run_id: str, *, status: str) -> None:
+        if self.is_down:
+            raise self.MlflowException("no\nanswer")
         self.runs[run_id].status = status
 
 
@@ -212,6 +217,27 @@ def test_mlflow_failures(make_state, run_steps, make_record, monkeypatch, caplog
     hook.on_fit_start(make_state())
     hook.on_error(state, RuntimeError("x"))
     assert list(fake.runs.values())[-1].status == "FAILED"
+
+
+def test_a_server_that_is_gone_at_the_end_stops_nothing(make_state, run_steps, monkeypatch, caplog) -> None:
+    fake = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    hook, state = MLflowHook(experiment="e"), make_state()
+    run_steps([hook], state, last=4, finish=False)
+    fake.is_down = True
+    hook.on_fit_end(state)
+    hook.on_error(state, RuntimeError("x"))
+    assert caplog.text.count("MLflow was not told that the run is FINISHED: no answer") == 1
+
+
+def test_a_stored_run_that_the_server_has_no_more_names_its_file(make_state, run_steps, monkeypatch, tmp_path) -> None:
+    fake = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    run_steps([MLflowHook(experiment="e")], make_state(), last=3)
+    fake.runs.clear()
+    file = re.escape(str(tmp_path / "mlflow_run_id"))
+    with pytest.raises(ConfigError, match=rf"\(no run run0\); .* instead of run run0, delete {file}$"):
+        MLflowHook(experiment="e").on_fit_start(make_state(step=2))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -90,3 +92,10 @@ def test_interleaved_chunks_add_up_to_the_stages_they_cut() -> None:
         assert (len(stage.trained_numels), len(chunks.trained_numels)) == (1, 5)
         assert chunks.num_layers == stage.num_layers == 10
         assert {(g.name, g.num_bytes) for g in chunks.groups} == {(g.name, g.num_bytes) for g in stage.groups}
+
+
+def test_the_fake_process_group_leaves_tracebacks_as_they_were() -> None:
+    before = sys.excepthook
+    with fake_process_group(8, 4):
+        pass
+    assert sys.excepthook is before

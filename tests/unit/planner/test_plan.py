@@ -119,6 +119,23 @@ def test_table_and_json_say_the_same(plan: Plan) -> None:
     assert load_config(preset="healthgpt_l14", overrides=[a.strip("'") for a in arguments])
 
 
+def test_reasons_are_listed_where_a_size_was_asked_for(plan: Plan) -> None:
+    reason = "x parallel.tensor_model_parallel_size=4 cannot"
+    assert plan.request.context == 1 and reason in table(plan, top=1)
+    free = dataclasses.replace(plan, request=dataclasses.replace(plan.request, context=None))
+    count = sum(plan.refused.values())
+    assert table(free, top=1).endswith(f"illegal     {count} layouts are not legal; --json lists them with reasons")
+    assert reason not in table(free, top=1)
+
+
+def test_short_steps_are_in_milliseconds(plan: Plan) -> None:
+    best = plan.layouts[0]
+    time = dataclasses.replace(best.time, **dict.fromkeys(dataclasses.asdict(best.time), 0.001))
+    text = table(dataclasses.replace(plan, layouts=[dataclasses.replace(best, time=time)]), top=1)
+    assert "step ms" in text and f"  {time.total * 1000:.2f}  " in text
+    assert "step s" in table(plan, top=1)
+
+
 def test_the_chart_is_well_formed_and_as_long_as_the_memory(plan: Plan) -> None:
     root = ElementTree.fromstring(memory_chart(plan, top=2))
     bars = [node for node in root.iter() if node.tag.endswith("rect") and node.get("height") == "18"]

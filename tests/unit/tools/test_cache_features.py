@@ -67,7 +67,7 @@ def test_the_documented_commands(
     manifest = read_cache_manifest(Path("data/held-out/features"))
     assert (manifest["dtype"], manifest["files"]["comprehension.bin"]) == ("fp32", 64 * 128 * 4)
     trained: list[str] = []
-    monkeypatch.setattr("megatron_hgpt.train.main", lambda run: trained.append(str(run.data.feature_cache)))
+    monkeypatch.setattr("megatron_hgpt.run_stage.main", lambda run: trained.append(str(run.data.feature_cache)))
     assert main(["train", *documented("train")]) == 0
     assert trained == ["features"]
 
@@ -76,9 +76,7 @@ def test_a_training_run_reads_the_cache(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = load_config(config, ["data.feature_cache=features"])
-    with pytest.raises(
-        ConfigError, match="data.feature_cache: data/train has no features; write it with hgpt cache-features"
-    ):
+    with pytest.raises(ConfigError, match="data.feature_cache: data/train has no features; write it with hgpt cache"):
         validate(run, 1)
     assert cache(["--config", "my_run.yaml", "--depths", "both"]) == 0
     validate(run, 1)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
-from megatron_hgpt.batching import global_batch_size
+from megatron_hgpt.batching import global_batch_size, repetition_warning
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import save_config
 from megatron_hgpt.environment import world_size_from_environment
 from megatron_hgpt.hooks import PathParameters, SampleImages
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
@@ -53,7 +50,6 @@ def main(config: RunConfig) -> None:
 
         if context.is_writer:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            save_config(config, Path(config.output_dir) / "resolved_config.yaml")
         # With cached features only the sample pictures, drawn from pixels, still need the tower.
         with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
         models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
@@ -85,6 +81,8 @@ def main(config: RunConfig) -> None:
             validation=validation,
         ):
             logger.info("%s", line)
+        if warning := repetition_warning(config, loader.epoch_size):
+            logger.warning("%s", warning)
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
         hooks = build_hooks(
             config,
@@ -141,18 +139,3 @@ def _image_sampler(
         )
         return None
     return image_sampler(config, model, tokenizer, context)
-
-
-class _CallableModule(types.ModuleType):
-    """This module, as the function of the same name that ``from megatron_hgpt import train`` promises.
-
-    A package's attribute is bound to a submodule as soon as anything imports it, so a function of a submodule's name
-    would be there or not depending on who imported what before.
-    """
-
-    def __call__(self, config: RunConfig) -> None:
-        """`main`."""
-        self.main(config)
-
-
-sys.modules[__name__].__class__ = _CallableModule
