@@ -76,7 +76,7 @@ def test_three_paths_data_and_stage_are_enough(folders: Path) -> None:
     assert model.template == "phi3_instruct"
     text = describe(config, 1)
     assert re.search(r"^backbone +\d{3},\d{3}  frozen$", text, re.M)  # and not the billions of a default
-    assert re.search(r"^length of the run +1 epoch$", text, re.M)
+    assert re.search(r"^length of the run +1 epoch\b", text, re.M)
     assert "not on this machine" not in text
 
 
