@@ -61,8 +61,11 @@ def nodes_from_environment() -> Nodes:
     Raises:
         ConfigError: a number that is none.
     """
+    num_nodes = _count("NNODES") or 1
+    if num_nodes == 1:  # the others mean nothing then, and an earlier run in this process may have left them
+        return Nodes(processes_per_node=_count("NPROC_PER_NODE"))
     return Nodes(
-        num_nodes=_count("NNODES") or 1,
+        num_nodes=num_nodes,
         node_rank=_count("NODE_RANK", at_least=0),
         master_addr=os.environ.get("MASTER_ADDR") or None,
         master_port=_count("MASTER_PORT") or 29500,
