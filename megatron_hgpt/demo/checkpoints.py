@@ -5,8 +5,7 @@ All of them are local and deterministic; the global random state is left as it w
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.errors import CheckpointError
+from megatron_hgpt.vision.clip import without_progress_bars
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,22 +150,8 @@ def _save(folder: Path, build: Callable[[], Any], seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
-    with _no_progress_bars():
+    with without_progress_bars():
         model.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for each file of weights that it writes: one, which is there at once."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 SMOLLM2_SPECIALS = ("<|im_start|>", "<|im_end|>")
@@ -209,7 +195,7 @@ def export_smollm2(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a GGUF-loaded model refuses to be saved
     model.load_state_dict(weights)
     _check_answer(model.eval(), tokenizer)
-    with _no_progress_bars():
+    with without_progress_bars():
         model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -7,10 +7,11 @@ only the blocks it needs: one of 24 for generation. transformers' CLIPVisionMode
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,20 @@ class HVPTower(nn.Module):
         for block in self.blocks[: self.num_blocks[task]]:
             hidden = block(hidden, None)
         return hidden[:, 1:]
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for each file of weights that it reads or writes, in every process."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_keys(vision: VisionConfig) -> None:
@@ -166,9 +181,7 @@ def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # every process would draw one over the tower's few weights
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.vision.tower={folder} is not a Hugging Face folder (config.json is missing)")
     try:
@@ -181,15 +194,16 @@ def _load(folder: Path, vision: VisionConfig) -> CLIPVisionModel:
                 f"{folder}/config.json has {key}={getattr(config, key)}, model.vision.hf_config says {value}"
             )
     try:
-        model, info = CLIPVisionModel.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-        )
+        with without_progress_bars():
+            model, info = CLIPVisionModel.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+            )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot load the CLIP tower from {folder}: {error}; the weights have to be safetensors "
