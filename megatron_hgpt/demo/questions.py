@@ -84,9 +84,9 @@ QUESTIONS: dict[str, Wordings] = {
             "Which sequence is this MRI?",
             "What is the MRI sequence?",
         ),
-        closed=("Was a {} sequence used for this MRI?", "Is the sequence of this MRI {}?"),
+        closed=("Was the {} sequence used for this MRI?", "Is the sequence of this MRI {}?"),
         held_out_open=("Which pulse sequence was used?", "What is the sequence of this MRI?"),
-        held_out_closed=("Is this MRI a {} sequence?",),
+        held_out_closed=("Is {} the pulse sequence of this MRI?",),
     ),
     "purpose": Wordings(
         open=(
