@@ -16,16 +16,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.loader import splice_images
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.samples import Task
-from megatron_hgpt.text.templates import encode_prompt, end_token_id
+from megatron_hgpt.text.templates import encode_prompt, end_token_id, template_of
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image, shrink
+
+if TYPE_CHECKING:
+    from megatron_hgpt.model.healthgpt import HealthGPT
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,6 +134,18 @@ class Generator:
         self.num_indices, self.batch_size, self.max_image_side = num_indices, batch_size, max_image_side
         self.vocabulary = model.vocabulary
         self.end_id = end_token_id(tokenizer, template)
+
+    @classmethod
+    def of(cls, model: HealthGPT, tokenizer: TextTokenizer, config: RunConfig) -> Generator:
+        """As `config`'s run was trained: its template, system message, indices of a picture and picture size."""
+        return cls(
+            model,
+            tokenizer,
+            template=template_of(config.model),
+            num_indices=config.model.vq.indices,
+            system_prompt=config.model.system_prompt,
+            max_image_side=config.data.max_image_side,
+        )
 
     def answer(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, sampling: Sampling | None = None

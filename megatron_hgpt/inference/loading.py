@@ -13,7 +13,6 @@ from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.inference.generator import Generator
 from megatron_hgpt.model_folders import load_resolved
-from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.vision.vqgan import VQGAN
 
 
@@ -69,14 +68,7 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
     model = build_model(config, context.device)
     load_weights([model], config, [str(folder)])
     tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
-    generator = Generator(
-        model,
-        tokenizer,
-        template=template_of(config.model),
-        num_indices=config.model.vq.indices,
-        system_prompt=config.model.system_prompt,
-        max_image_side=config.data.max_image_side,
-    )
+    generator = Generator.of(model, tokenizer, config)
     return LoadedRun(config=config, context=context, generator=generator)
 
 

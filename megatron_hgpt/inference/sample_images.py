@@ -36,13 +36,7 @@ def image_sampler(
     if not samples:
         return None
     vqgan = VQGAN.load(Path(str(config.model.vq.path)), context.device)
-    generator = Generator(
-        model,
-        tokenizer,
-        template=template_of(config.model),
-        num_indices=config.model.vq.indices,
-        system_prompt=config.model.system_prompt,
-    )
+    generator = Generator.of(model, tokenizer, config)
 
     def decode(indices: list[int]) -> Image.Image:
         with torch.inference_mode():

@@ -6,7 +6,6 @@ most import torch; three to six minutes on two cores. Parsing them is part of ev
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -64,7 +63,8 @@ def test_the_guide_names_every_step() -> None:
 )
 def test_each_command_parses(command: str, tmp_path: Path) -> None:
     """Options exist, overrides are known keys with values of their type."""
-    frame = pytest.importorskip("megatron_hgpt.cli.frame")
+    from megatron_hgpt.cli import frame
+
     _, name, *arguments = shlex.split(command)
     parsed = frame.build_parser(name).parse_intermixed_args(arguments)
     from megatron_hgpt.config_io import load_config
@@ -127,8 +127,6 @@ def test_the_guides_records_are_records(world: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_command_runs(world: Path) -> None:
     """Three to six minutes on two cores: the only test in which the guide's commands meet each other's files."""
-    if not hasattr(importlib.import_module("megatron_hgpt.cli"), "__path__"):
-        pytest.skip("the command line is no package here")
     environment = {
         **os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
