@@ -42,7 +42,17 @@ EXTRAS = {
     "ui": ["gradio"],
     "wandb": ["wandb>=0.19"],
     "mlflow": ["mlflow-skinny>=2.17"],
-    "dev": ["pytest", "pytest-xdist", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "torchmetrics", "triton"],
+    "dev": [
+        "hypothesis",
+        "pytest",
+        "pytest-xdist",
+        "pytest-timeout",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "torchmetrics",
+        "triton",
+    ],
 }
 
 setup(

@@ -306,6 +306,53 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AnomalyConfig:
+    """What becomes of a step whose loss or gradient is not finite, and of a loss that jumps (docs/operations.md)."""
+
+    not_finite: Literal["stop", "skip", "rollback"] = "skip"
+    """stop ends the run; skip leaves out the update of that step; rollback goes back to the newest healthy checkpoint
+    and on with the samples behind the bad step."""
+    max_skips: Annotated[int, AtLeast(0)] = 3
+    """Steps in a row that may be left out; one more stops the run."""
+    max_rollbacks: Annotated[int, AtLeast(0)] = 3
+    """Times that a run may go back; one more stops it."""
+    spike: Literal["warn", "stop", "rollback"] = "warn"
+    """What a loss spike does: a line on the console, or as `not_finite`."""
+    spike_factor: Annotated[float, Above(1)] = 3.0
+    """A loss above this many times the median of the last 50 steps is a spike, 1 nat above it at least."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TimeoutsConfig:
+    """Seconds after which waiting ends; each is told in docs/operations.md."""
+
+    step_warning_s: Annotated[float, Above(0)] = 60.0
+    """A step without progress: the console names the rank, where it stands and the remedy."""
+    step_limit_s: Annotated[float, Above(0)] = 900.0
+    """A step without progress: the run ends on every rank, and the launcher starts it again."""
+    start_s: Annotated[float, Above(0)] = 1800.0
+    """From the start of a process to its first step, weights read."""
+    loader_s: Annotated[float, Above(0)] = 600.0
+    """Waiting for one step's samples."""
+    save_s: Annotated[float, Above(0)] = 1800.0
+    """Writing one checkpoint; an asynchronous one is then given up and training goes on."""
+    collective_s: Annotated[float, Above(0)] = 1800.0
+    """A collective of torch.distributed that not every rank joins."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    """How `hgpt train` looks after the processes it starts; under a torchrun of your own, its options count."""
+
+    max_restarts: Annotated[int, AtLeast(0)] = 3
+    """Times that a failed run is started again from its newest healthy checkpoint without progress in between."""
+    restart_backoff_s: Annotated[float, AtLeast(0)] = 10.0
+    """Pause before the first restart; each further one without progress waits twice as long, 300 s at most."""
+    grace_s: Annotated[float, Above(0)] = 270.0
+    """From a signal to stop until processes that have not saved and ended are killed."""
+
+
+@dataclass(kw_only=True, slots=True)
 class LoggingConfig:
     """What is shown and written while training."""
 
@@ -341,4 +388,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
