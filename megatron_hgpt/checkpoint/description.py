@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -52,6 +53,27 @@ def _shape_of_version_1(sizes: dict[str, Any]) -> dict[str, Any]:
         "num_kv_heads": sizes.get("num_key_value_heads") or heads,
         "head_dim": sizes.get("head_dim") or sizes["hidden_size"] // heads,
     }
+
+
+def seal(info: dict[str, Any]) -> dict[str, Any]:
+    """A description as JSON will give it back, with the ``digest`` of everything else in it."""
+    content = json.loads(json.dumps({key: value for key, value in info.items() if key != "digest"}))
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_seal(info: dict[str, Any], path: Path) -> None:
+    """Compare the digest in a description with its content.
+
+    Args:
+        info: what `path` holds.
+        path: for the message.
+
+    Raises:
+        CheckpointError: something was changed after it was sealed, or nothing was.
+    """
+    if info.get("digest") != seal(info)["digest"]:
+        raise CheckpointError(f"{path} is damaged: its digest is not that of its content; use another checkpoint")
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
