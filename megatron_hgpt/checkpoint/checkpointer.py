@@ -16,48 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_hgpt.checkpoint.description import (
-    FORMAT_VERSION,
-    INFO,
-    check_fits,
-    checkpoint_folders,
-    fingerprint,
-    read_info,
-    resolve_folder,
-)
-from megatron_hgpt.checkpoint.differences import changed_settings
+from megatron_hgpt.checkpoint.choice import open_newest
+from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, fingerprint
 from megatron_hgpt.checkpoint.frozen_base import base_identity
-from megatron_hgpt.checkpoint.state import (
-    by_parameter,
-    copy_tensors,
-    model_state,
-    optimizer_tensors,
-    restore_rng,
-    rng_object,
-    steps_per_group,
-)
+from megatron_hgpt.checkpoint.restoring import Restored, restore
+from megatron_hgpt.checkpoint.state import model_state, optimizer_tensors, rng_object, steps_per_group
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.engines.base import TrainingEngine
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.parameters import SAVED_GROUPS, parameter_groups
+from megatron_hgpt.parameters import SAVED_GROUPS
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Restored:
-    """What a resumed run continues from."""
-
-    path: Path
-    step: int
-    """Optimizer steps completed."""
-    loader_state: dict[str, Any]
-    changes: list[str]
-    """What the configuration says now, and said when the checkpoint was written: one text per setting."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,7 +140,7 @@ class Checkpointer:
 
     def _describe(self, step: int, loader_state: dict[str, Any], optimizer_steps: dict[str, int]) -> dict[str, Any]:
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": 2,
             "stage": self.config.training.stage,
             "step": step,
             "trained_groups": self.trained_groups,
@@ -203,46 +176,21 @@ class Checkpointer:
                 logger.warning("removing %s, which an interrupted save left unfinished", path)
                 shutil.rmtree(path)
 
-    def restore_latest(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> Restored | None:
-        """Load the newest complete checkpoint of this run in place; None when there is none.
+    def restore_latest(
+        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, healthy_only: bool = False
+    ) -> Restored | None:
+        """Load the newest whole checkpoint of this run in place; None when there is none. Every rank must call it.
+
+        Args:
+            models: the bare model parts of this pipeline stage.
+            engine: holds the optimizer's state.
+            healthy_only: leave out checkpoints that were saved after an anomaly.
 
         Raises:
-            CheckpointError: it belongs to another model, base or stage.
+            CheckpointError: it belongs to another model, base or stage, or all checkpoints are damaged.
         """
-        folders = checkpoint_folders(self.directory)
-        if not folders:
-            return None
-        folder = folders[-1]
-        info = read_info(folder)
-        check_fits(self.config, self._base, folder, info)
-        if info["stage"] != self.config.training.stage:
-            raise CheckpointError(
-                f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
-                "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
-            )
-        rng = rng_object()
-        same_layout = list(rng.global_shape) == info["rng_layout"]
-        if not same_layout:
-            before, now = _layout(info["rng_layout"]), _layout(rng.global_shape)
-            logger.warning("%s was saved at %s and goes on at %s: dropout draws anew", folder, before, now)
-        with engine.whole_parameters(writable=True):
-            tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
-            request: dict[str, Any] = {"model": tensors, "optimizer": optimizer_tensors(state, tensors)}
-            loaded = _load({**request, "rng": rng} if same_layout else request, folder)
-            copy_tensors(models, loaded["model"])
-            state.scatter(by_parameter(loaded["optimizer"]))
-        for group in state.groups:
-            group["step"] = info["optimizer_steps"][group["group"]]
-        if same_layout:
-            restore_rng(loaded["rng"])
-        changes = changed_settings(folder, self.config)
-        return Restored(path=folder, step=info["step"], loader_state=info["loader"], changes=changes)
-
-
-def _layout(sizes: Sequence[int]) -> str:
-    """The sizes of `rng_object` by name."""
-    pipeline, tensor, data = sizes
-    return f"pipeline {pipeline} x tensor {tensor} x data and context {data}"
+        opened = open_newest(self.directory, healthy_only=healthy_only)
+        return None if opened is None else restore(opened, self.config, self._base, models, engine)
 
 
 def _save_strategy() -> Any:
@@ -250,52 +198,3 @@ def _save_strategy() -> Any:
 
     # One writer per rank: adapter checkpoints are small, and each writer is a process to start.
     return TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-
-
-def _load(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load what `request` describes, after comparing its set of tensors with the folder's.
-
-    Raises:
-        CheckpointError: tensors are missing.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    present = dist_checkpointing.load_tensors_metadata(str(folder))
-    wanted = {value.key for value in nested_values(request) if isinstance(value, ShardedTensor)}
-    missing = sorted(wanted - set(present))
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, e.g. {missing[:3]}")
-    with torch.no_grad():
-        return dist_checkpointing.load(request, str(folder))
-
-
-def load_weights(models: Sequence[HealthGPT], config: RunConfig, folders: Sequence[str]) -> list[str]:
-    """Load the weights that earlier stages trained, in order, into a model that is not yet wrapped.
-
-    Of each folder only the groups it (or a stage before it) trained are taken, so that stage-1 comprehension and
-    stage-1 generation, trained apart, add up.
-
-    Args:
-        models: the bare model parts of this pipeline stage.
-        config: the run.
-        folders: checkpoint folders, or run folders whose newest checkpoint is meant.
-
-    Returns:
-        The groups trained so far.
-
-    Raises:
-        CheckpointError: a folder that is no checkpoint, or of another model or base.
-    """
-    trained: set[str] = set()
-    base = base_identity(config) if folders else {}
-    for name in folders:
-        folder = resolve_folder(Path(name))
-        info = read_info(folder)
-        check_fits(config, base, folder, info)
-        groups = parameter_groups(info["trained_groups"])
-        copy_tensors(models, _load({"model": model_state(models, sorted(groups))}, folder)["model"])
-        trained |= set(info["trained_groups"])
-        logger.info("loaded %s (%s, step %d): %s", folder, info["stage"], info["step"], ", ".join(sorted(groups)))
-    return sorted(trained)

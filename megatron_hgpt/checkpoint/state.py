@@ -108,12 +108,3 @@ def copy_tensors(models: Sequence[HealthGPT], loaded: dict[str, torch.Tensor]) -
     for name, value in loaded.items():
         if value is not parameters[name] and value.data_ptr() != parameters[name].data_ptr():
             parameters[name].copy_(value)
-
-
-def restore_rng(states: dict[str, Any]) -> None:
-    """Go on with the random states of `rng_object`."""
-    from megatron.core import tensor_parallel
-
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
-    torch.cuda.set_rng_state(states["cuda"])
-    torch.set_rng_state(states["cpu"])
