@@ -359,6 +359,17 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         yield f"output_dir={config.output_dir} cannot be written"
+    yield from _used_folder(config)
+
+
+def _used_folder(config: RunConfig) -> Iterator[str]:
+    """A new run among the checkpoints of another one would be taken for its continuation, and mixed up with it."""
+    directory = Path(config.checkpoint.directory or Path(config.output_dir) / "checkpoints")
+    if not config.checkpoint.resume and (used := sorted(directory.glob("step_" + "[0-9]" * 8))):
+        yield (
+            f"checkpoint.resume=false, but {directory} holds {used[-1].name} of an earlier run: name another "
+            "output_dir, move those checkpoints away, or set checkpoint.resume=true"
+        )
 
 
 def missing_inputs(config: RunConfig) -> Iterator[str]:

@@ -43,6 +43,8 @@ def _records(path: Path) -> Iterator[str]:
         for name, entry in header.items():
             try:
                 begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end:  # a negative size would read the whole file
+                    raise ValueError(f"data_offsets {begin} to {end}")
                 size = min(_SAMPLE_BYTES, end - begin)
                 samples = hashlib.sha256()
                 for offset in (begin, (begin + end - size) // 2, end - size):

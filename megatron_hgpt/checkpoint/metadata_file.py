@@ -125,10 +125,14 @@ def read_contents(folder: Path, content: bytes) -> Contents:
         places = dict(_place(index, info, sizes) for index, info in state["storage_data"].items())
     # Whatever bytes can do to an unpickler; nothing of it may reach the user as a traceback.
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is refused: {reason_of(error) or type(error).__name__}; use another checkpoint"
-        ) from error
+        raise CheckpointError(f"{path} is refused: {told(error)}; use another checkpoint") from error
     return Contents(tensors=tensors, objects=objects, places=places)
+
+
+def told(error: Exception) -> str:
+    """An error that a file's content may have worded, as one line that a terminal can show."""
+    text = " ".join((reason_of(error) or type(error).__name__).split())[:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def read_metadata_file(folder: Path) -> bytes:

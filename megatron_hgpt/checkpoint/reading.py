@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_hgpt.checkpoint.metadata_file import Contents, Place, num_bytes_of
-from megatron_hgpt.errors import CheckpointError, reason_of
+from megatron_hgpt.checkpoint.metadata_file import Contents, Place, num_bytes_of, told
+from megatron_hgpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -35,7 +35,7 @@ class Piece:
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     """Of the rectangle in the stored tensor."""
-    target: torch.Tensor
+    tensor: torch.Tensor
     """Of the rectangle's shape, with as many axes as the stored tensor; written in place."""
 
 
@@ -46,7 +46,7 @@ def pieces_of(tensors: Iterable[ShardedTensor]) -> list[Piece]:
             key=tensor.key,
             global_shape=tuple(tensor.global_shape),
             offset=tuple(tensor.global_offset),
-            target=tensor.data.detach()[(None,) * tensor.prepend_axis_num],
+            tensor=tensor.data.detach()[(None,) * tensor.prepend_axis_num],
         )
         for tensor in tensors
     ]
@@ -54,7 +54,7 @@ def pieces_of(tensors: Iterable[ShardedTensor]) -> list[Piece]:
 
 @torch.no_grad()
 def read_pieces(folder: Path, contents: Contents, pieces: Sequence[Piece]) -> None:
-    """Fill the targets of `pieces`.
+    """Fill the tensors of `pieces`.
 
     Raises:
         CheckpointError: a tensor or a part of it is missing, is of another shape, or cannot be read.
@@ -63,15 +63,15 @@ def read_pieces(folder: Path, contents: Contents, pieces: Sequence[Piece]) -> No
     requests: dict[Place, list[tuple[ReadItem, TensorStorageMetadata, torch.Tensor]]] = defaultdict(list)
     for piece in pieces:
         stored = contents.tensors[piece.key]
-        wanted = ChunkStorageMetadata(torch.Size(piece.offset), piece.target.shape)
+        wanted = ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape)
         items = create_read_items_for_chunk_list(piece.key, stored, [wanted])
-        if sum(math.prod(item.lengths) for item in items) != piece.target.numel():
+        if sum(math.prod(item.lengths) for item in items) != piece.tensor.numel():
             raise CheckpointError(f"{folder} holds only a part of {piece.key}; use another checkpoint")
         for item in items:
             place = contents.places.get((piece.key, tuple(item.storage_index.offset or ())))
             if place is None:
                 raise CheckpointError(f"{folder} does not say where {piece.key} lies; use another checkpoint")
-            requests[place].append((item, stored, piece.target))
+            requests[place].append((item, stored, piece.tensor))
     for place in sorted(requests, key=lambda place: (place.file, place.offset)):
         stored_key = requests[place][0][0].storage_index
         stored = requests[place][0][1]
@@ -89,7 +89,7 @@ def read_whole(folder: Path, contents: Contents, key: str) -> torch.Tensor:
     """
     stored = contents.tensors[key]
     target = torch.empty(stored.size, dtype=stored.properties.dtype)
-    piece = Piece(key=key, global_shape=tuple(stored.size), offset=(0,) * target.ndim, target=target)
+    piece = Piece(key=key, global_shape=tuple(stored.size), offset=(0,) * target.ndim, tensor=target)
     read_pieces(folder, contents, [piece])
     return target
 
@@ -151,5 +151,4 @@ def _load(folder: Path, place: Place) -> Any:
         return torch.load(content, map_location="cpu", weights_only=True)
     # Damage shows as any of a dozen types.
     except Exception as error:
-        reason = " ".join((reason_of(error) or type(error).__name__).split())[:200]
-        raise CheckpointError(f"{path} is damaged: {reason}; use another checkpoint") from error
+        raise CheckpointError(f"{path} is damaged: {told(error)}; use another checkpoint") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_hgpt.data.feature_cache import FeatureCache
-from megatron_hgpt.data.mmap_format import DatasetReader
+from megatron_hgpt.data.mmap_format import SKIPPED, DatasetReader
 from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.files import Json
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
@@ -121,6 +123,12 @@ class VLDataset:
     def manifest(self) -> Json:
         """Content of manifest.json."""
         return self._reader.manifest
+
+    @property
+    def digest(self) -> str:
+        """Tells these samples from any others: of the checksums that the manifest lists, without what was skipped."""
+        files = {name: entry["sha256"] for name, entry in self.manifest["files"].items() if name != SKIPPED}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def tasks(self) -> NDArray[np.uint8]:

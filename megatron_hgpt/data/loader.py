@@ -116,7 +116,7 @@ class TrainLoader:
             if not len(members):
                 raise DataError(f"data.train has no {task.value} sample, which the stage trains; add a folder of them")
         self._samples = {task: len(members) for task, members in samples.items()}
-        self._packing = packing
+        self._packing, self._pack_length, self._mixture = packing, pack_length, dict(mixture or {})
         self._rows: dict[Task | None, list[Indices]] = {}
         self._members: dict[Task | None, Indices] = dict(samples.items())
         if packing != "none":
@@ -170,8 +170,12 @@ class TrainLoader:
         return {
             "step": self._step,
             "seed": self._seed,
+            "datasets": self._source.digests,
+            "mixture": self._mixture,
+            "shuffle": self._shuffle,
             "num_samples": sum(self._samples.values()),
             "packing": self._packing,
+            "pack_length": self._pack_length if self._rows else 0,
             "num_micro_batches": sum(self._per_epoch.values()),
             "micro_batch_size": self._micro_batch_size,
             "num_micro_batches_per_step": self._num_micro_batches,
@@ -180,10 +184,11 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken: O(1), nothing is read again.
 
-        A change of data or batch size is allowed, with a warning: samples may then repeat or be left out.
+        A change of data, mixture, shuffle, packing or batch size is allowed, with a warning: samples may then repeat or
+        be left out.
         """
         now = self.state_dict()
-        for name in now.keys() - {"step"}:
+        for name in (name for name in now if name != "step"):
             if name in state and state[name] != now[name]:
                 logger.warning(
                     "data order: %s was %s when the checkpoint was written and is %s now; samples may repeat or be "

@@ -36,6 +36,8 @@ class SampleSource:
             max=max_seq_length
         )
         self.tasks = np.concatenate([dataset.tasks for dataset in datasets])
+        self.digests = [dataset.digest for dataset in datasets]
+        """`VLDataset.digest` of each folder."""
 
     def load(self, index: int) -> tuple[EncodedSample, ExpandedSample]:
         """Sample `index` over all folders.

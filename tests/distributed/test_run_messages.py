@@ -43,7 +43,7 @@ def fit(backbone: Path, folder: Path, num_steps: int, lr: float) -> tuple[list[s
 
     trainer_log = logging.getLogger("megatron_hgpt.trainer")
     trainer_log.addHandler(Lines())
-    logging.getLogger("megatron_hgpt.checkpoint.checkpointer").addHandler(Lines())
+    logging.getLogger("megatron_hgpt.checkpoint.random_states").addHandler(Lines())
     trainer_log.setLevel(logging.INFO)
     training = TrainingConfig(num_steps=num_steps, precision="fp32", micro_batch_size=2, global_batch_size=8)
     config = tiny_config(backbone, folder, training=training, checkpoint=CheckpointConfig(save_interval_steps=1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -121,6 +122,43 @@ def test_resume_with_other_data_warns(mixed: list[Path], caplog: pytest.LogCaptu
     smaller = _loader(_config(mixed[:1]))
     smaller.load_state_dict(state)
     assert "num_samples was 26 when the checkpoint was written and is 10 now" in caplog.text
+
+
+def test_resume_at_the_same_says_nothing(mixed: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint keeps the state as JSON."""
+    settings = {"mixture": {"comprehension": 1, "generation": 3}}
+    state = json.loads(json.dumps(_loader(_config(mixed, **settings)).state_dict()))
+    _loader(_config(mixed, **settings)).load_state_dict(state)
+    earlier = {"step": 3}  # of a version that did not keep the rest
+    _loader(_config(mixed)).load_state_dict(earlier)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "changed", "said"),
+    [
+        ("mixture", {"comprehension": 3, "generation": 1}, "data order: mixture was {'comprehension': 1"),
+        ("shuffle", False, "data order: shuffle was True when the checkpoint was written and is False now"),
+    ],
+)
+def test_resume_with_another_order_warns(
+    setting: str, changed: Any, said: str, mixed: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {"mixture": {"comprehension": 1, "generation": 1}, "shuffle": True}
+    state = _loader(_config(mixed, **before)).state_dict()
+    _loader(_config(mixed, **before | {setting: changed})).load_state_dict(state)
+    assert said in caplog.text
+
+
+def test_resume_with_as_many_other_samples_warns(
+    tmp_path: Path, make_dataset: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sizes alike, content not: the digest of the manifest tells."""
+    state = _loader(_config([make_dataset(tmp_path / "a", [C] * 5 + [G] * 5)])).state_dict()
+    other = make_dataset(tmp_path / "b", [G] * 5 + [C] * 5)
+    _loader(_config([other])).load_state_dict(state)
+    assert "data order: datasets was [" in caplog.text
+    assert "num_samples" not in caplog.text
 
 
 def test_a_stage_of_one_task_draws_no_other(mixed: list[Path]) -> None:

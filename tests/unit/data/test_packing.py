@@ -140,6 +140,10 @@ def test_other_packing_warns_on_resume(tmp_path: Path, make_dataset: Make, caplo
     folder = make_dataset(tmp_path / "a", [C, G] * 9)
     _loader([folder], "by_task").load_state_dict(_loader([folder], "mixed").state_dict())
     assert "packing was mixed when the checkpoint was written and is by_task now" in caplog.text
+    caplog.clear()
+    longer = _loader([folder], "mixed", capacity=18)
+    longer.load_state_dict(_loader([folder], "mixed").state_dict())
+    assert "pack_length was 16 when the checkpoint was written and is 18 now" in caplog.text
 
 
 def test_a_bad_sample_leaves_its_row_smaller_and_is_counted(tmp_path: Path, make_dataset: Make) -> None:

@@ -1,0 +1,98 @@
+"""Checkpoint folders in the formats that this package reads, for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hgpt.checkpoint.description import INFO, seal
+from megatron_hgpt.checkpoint.metadata_file import METADATA, Contents, read_contents, read_metadata_file
+from megatron_hgpt.checkpoint.reading import read_object, read_whole
+
+
+def contents_of(folder: Path) -> Contents:
+    """What `.metadata` of a folder says."""
+    return read_contents(folder, read_metadata_file(folder))
+
+
+def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    contents = contents_of(folder)
+    return {key: read_whole(folder, contents, key) for key in contents.tensors}
+
+
+def seal_folder(folder: Path, **changes: Any) -> None:
+    """Describe the files that lie in a folder of format 3, as whoever writes one may."""
+    info = json.loads((folder / INFO).read_text())
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.iterdir())
+        if path.name != INFO
+    }
+    (folder / INFO).write_text(json.dumps(seal({**info, "files": files, **changes})))
+
+
+def write_as_format_3(source: Path, folder: Path) -> None:
+    """A checkpoint of format 2 as one of format 3, each tensor in one chunk."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    contents = contents_of(source)
+    tensors = plain_tensors(source)
+    for key in contents.objects:
+        place = key.removeprefix("rng/shard_").split("_")[0]
+        (states,) = read_object(source, contents, key)
+        tensors.update({f"rng/{place}/{name}": states[name].clone() for name in ("cpu", "cuda")})
+        tensors.update({f"rng/{place}/tracker/{name}": state for name, state in states["tracker"].items()})
+    folder.mkdir(parents=True)
+    save(tensors, storage_writer=FileSystemWriter(folder), no_dist=True)
+    shutil.copy(source / "resolved_config.yaml", folder)
+    info = json.loads((source / INFO).read_text())
+    (folder / INFO).write_text(json.dumps({**info, "format_version": 3, "is_healthy": True}))
+    seal_folder(folder)
+
+
+def write_as_format_2(source: Path, folder: Path) -> None:
+    """A checkpoint of format 3 as megatron.core's saver and this package wrote format 2, in an initialised process."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    info = json.loads((source / INFO).read_text())
+    layout, states, request = info["rng_layout"], {}, {}
+    for key, tensor in plain_tensors(source).items():
+        if key.startswith("rng/"):
+            _, place, name = key.split("/", 2)
+            tracked = states.setdefault(place, {"tracker": {}})
+            is_tracked = name.startswith("tracker/")
+            (tracked["tracker"] if is_tracked else tracked)[name.removeprefix("tracker/")] = tensor
+        else:
+            request[key] = ShardedTensor.from_rank_offsets(key, tensor)
+    for place, state in states.items():
+        request[f"rng {place}"] = ShardedObject("rng", state, tuple(layout), tuple(map(int, place.split("."))))
+    folder.mkdir(parents=True)
+    dist_checkpointing.save(request, str(folder))
+    shutil.copy(source / "resolved_config.yaml", folder)
+    new = ("is_healthy", "files", "digest")
+    old = {key: value for key, value in info.items() if key not in new}
+    (folder / INFO).write_text(json.dumps({**old, "format_version": 2}))
+
+
+def plant_in_object(folder: Path, trap: object) -> None:
+    """Put what `pickle` makes of `trap` where a folder of format 2 keeps a rank's random states."""
+    contents = contents_of(folder)
+    for key in contents.objects:
+        place = contents.places[key, None]
+        stream = io.BytesIO()
+        torch.save([trap], stream)
+        content = stream.getvalue()
+        assert len(content) <= place.num_bytes
+        path = folder / place.file
+        data = bytearray(path.read_bytes())
+        data[place.offset : place.offset + place.num_bytes] = content.ljust(place.num_bytes, b"\0")
+        path.write_bytes(bytes(data))
+    assert (folder / METADATA).is_file()
