@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
-import re
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_hgpt.checkpoint.description import (
-    FORMAT_VERSION,
-    INFO,
-    check_fits,
-    checkpoint_folders,
-    fingerprint,
-    read_info,
-    resolve_folder,
-)
-from megatron_hgpt.checkpoint.differences import changed_settings
+from megatron_hgpt.checkpoint.choice import open_newest
+from megatron_hgpt.checkpoint.description import FORMAT_VERSION, fingerprint
 from megatron_hgpt.checkpoint.frozen_base import base_identity
-from megatron_hgpt.checkpoint.state import (
-    by_parameter,
-    copy_tensors,
-    model_state,
-    optimizer_tensors,
-    restore_rng,
-    rng_object,
-    steps_per_group,
+from megatron_hgpt.checkpoint.publication import (
+    bytes_on_disk,
+    describe,
+    folder_of,
+    give_name,
+    in_megabytes,
+    lacking_room,
+    next_publication,
+    prune,
+    settle_leftovers,
 )
+from megatron_hgpt.checkpoint.random_states import layout, rng_chunks
+from megatron_hgpt.checkpoint.restoring import Restored, restore
+from megatron_hgpt.checkpoint.shards import Shard, sync_folder
+from megatron_hgpt.checkpoint.snapshot import HostCopies, share_of
+from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, optimizer_chunks, optimizer_steps
+from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import save_config
 from megatron_hgpt.engines.base import TrainingEngine
-from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.parameters import SAVED_GROUPS, parameter_groups
+from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
+from megatron_hgpt.parameters import SAVED_GROUPS
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Restored:
-    """What a resumed run continues from."""
-
-    path: Path
-    step: int
-    """Optimizer steps completed."""
-    loader_state: dict[str, Any]
-    changes: list[str]
-    """What the configuration says now, and said when the checkpoint was written: one text per setting."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -235,7 +218,7 @@ class Checkpointer:
             "is_healthy": is_healthy,
             "trained_groups": self.trained_groups,
             "loader": loader_state,
-            "rng_layout": list(rng_layout()),
+            "rng_layout": layout()[0],
             "fingerprint": fingerprint(self.config.model),
             "base": self._base,
         }
@@ -267,99 +250,20 @@ class Checkpointer:
         seconds = time.perf_counter() - started_s
         return SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds)
 
-    def restore_latest(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> Restored | None:
-        """Load the newest complete checkpoint of this run in place; None when there is none.
+    def restore_latest(
+        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, healthy_only: bool = False
+    ) -> Restored | None:
+        """Load the newest whole checkpoint of this run in place; None when there is none. Every rank must call it.
+
+        Args:
+            models: the bare model parts of this pipeline stage.
+            engine: holds the optimizer's state.
+            healthy_only: leave out checkpoints that were saved after an anomaly.
 
         Raises:
-            CheckpointError: it belongs to another model, base or stage.
+            CheckpointError: it belongs to another model, base or stage, or all checkpoints are damaged.
         """
-        folders = checkpoint_folders(self.directory)
-        if not folders:
-            return None
-        folder = folders[-1]
-        info = read_info(folder)
-        check_fits(self.config, self._base, folder, info)
-        if info["stage"] != self.config.training.stage:
-            raise CheckpointError(
-                f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
-                "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
-            )
-        rng = rng_object()
-        same_layout = list(rng.global_shape) == info["rng_layout"]
-        if not same_layout:
-            before, now = _layout(info["rng_layout"]), _layout(rng.global_shape)
-            logger.warning("%s was saved at %s and goes on at %s: dropout draws anew", folder, before, now)
-        with engine.whole_parameters(writable=True):
-            tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
-            request: dict[str, Any] = {"model": tensors, "optimizer": optimizer_tensors(state, tensors)}
-            loaded = _load({**request, "rng": rng} if same_layout else request, folder)
-            copy_tensors(models, loaded["model"])
-            state.scatter(by_parameter(loaded["optimizer"]))
-        for group in state.groups:
-            group["step"] = info["optimizer_steps"][group["group"]]
-        if same_layout:
-            restore_rng(loaded["rng"])
-        changes = changed_settings(folder, self.config)
-        return Restored(path=folder, step=info["step"], loader_state=info["loader"], changes=changes)
-
-
-def _layout(sizes: Sequence[int]) -> str:
-    """The sizes of `rng_object` by name."""
-    pipeline, tensor, data = sizes
-    return f"pipeline {pipeline} x tensor {tensor} x data and context {data}"
-
-
-def _save_strategy() -> Any:
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    # One writer per rank: adapter checkpoints are small, and each writer is a process to start.
-    return TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-
-
-def _load(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load what `request` describes, after comparing its set of tensors with the folder's.
-
-    Raises:
-        CheckpointError: tensors are missing.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    present = dist_checkpointing.load_tensors_metadata(str(folder))
-    wanted = {value.key for value in nested_values(request) if isinstance(value, ShardedTensor)}
-    missing = sorted(wanted - set(present))
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, e.g. {missing[:3]}")
-    with torch.no_grad():
-        return dist_checkpointing.load(request, str(folder))
-
-
-def load_weights(models: Sequence[HealthGPT], config: RunConfig, folders: Sequence[str]) -> list[str]:
-    """Load the weights that earlier stages trained, in order, into a model that is not yet wrapped.
-
-    Of each folder only the groups it (or a stage before it) trained are taken, so that stage-1 comprehension and
-    stage-1 generation, trained apart, add up.
-
-    Args:
-        models: the bare model parts of this pipeline stage.
-        config: the run.
-        folders: checkpoint folders, or run folders whose newest checkpoint is meant.
-
-    Returns:
-        The groups trained so far.
-
-    Raises:
-        CheckpointError: a folder that is no checkpoint, or of another model or base.
-    """
-    trained: set[str] = set()
-    base = base_identity(config) if folders else {}
-    for name in folders:
-        folder = resolve_folder(Path(name))
-        info = read_info(folder)
-        check_fits(config, base, folder, info)
-        groups = parameter_groups(info["trained_groups"])
-        copy_tensors(models, _load({"model": model_state(models, sorted(groups))}, folder)["model"])
-        trained |= set(info["trained_groups"])
-        logger.info("loaded %s (%s, step %d): %s", folder, info["stage"], info["step"], ", ".join(sorted(groups)))
-    return sorted(trained)
+        if self.is_writer:
+            settle_leftovers(self.directory)
+        opened = open_newest(self.directory, healthy_only=healthy_only)
+        return None if opened is None else restore(opened, self.config, self._base, models, engine)

@@ -74,7 +74,9 @@ def settle_leftovers(directory: Path) -> None:
         try:
             if kind == "old" and not (directory / name).exists():
                 path.rename(directory / name)
-                logger.warning("%s is back in its place: a save that was to replace it was interrupted", directory / name)
+                logger.warning(
+                    "%s is back in its place: a save that was to replace it was interrupted", directory / name
+                )
             else:
                 logger.warning("removing %s, which an interrupted save left unfinished", path)
                 shutil.rmtree(path)

@@ -80,6 +80,10 @@ class HashedFile:
         self._hash.update(content)
         return self._file.write(content)
 
+    def flush(self) -> None:
+        """torch.save asks for it."""
+        self._file.flush()
+
     def tell(self) -> int:
         """Bytes written."""
         return self._file.tell()

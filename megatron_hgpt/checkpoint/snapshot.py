@@ -59,6 +59,4 @@ class HostCopies:
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         self._copies = taken
-        return [
-            dataclasses.replace(chunk, tensor=copy) for chunk, copy in zip(chunks, taken.values(), strict=True)
-        ]
+        return [dataclasses.replace(chunk, tensor=copy) for chunk, copy in zip(chunks, taken.values(), strict=True)]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_hgpt.engines.base import OptimizerState
-from megatron_hgpt.parameters import chunk_prefix, group_of
+from megatron_hgpt.parameters import chunk_prefix, group_of, named_parameters
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -54,9 +54,7 @@ def model_state(models: Sequence[HealthGPT], groups: Sequence[str]) -> dict[str,
     dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     result = {}
     for i, model in enumerate(models):
-        state = model.language_model.sharded_state_dict(
-            prefix="language_model.", metadata={"dp_cp_group": dp_cp_group}
-        )
+        state = model.language_model.sharded_state_dict(prefix="language_model.", metadata={"dp_cp_group": dp_cp_group})
         state.update(
             make_sharded_tensors_for_checkpoint(
                 model.adapters.state_dict(prefix="", keep_vars=True),
@@ -115,9 +113,7 @@ def _is_first_copy(tensor: ShardedTensor) -> bool:
     return not any(tensor.replica_id[:-1])
 
 
-def _placed(
-    whole: ShardedTensor, start: int, values: torch.Tensor
-) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+def _placed(whole: ShardedTensor, start: int, values: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """A range of the flattened local tensor as rectangles: offset in the whole tensor, and a view of the values."""
     axes = whole.prepend_axis_num
     for corner, shape in rectangles(whole.local_shape, start, start + values.numel()):
@@ -148,9 +144,7 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tu
     yield from _in_row(shape, last, 0, stop - last * row)
 
 
-def _in_row(
-    shape: Sequence[int], row: int, start: int, stop: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for corner, box in rectangles(shape[1:], start, stop):
         yield (row, *corner), (1, *box)
 
@@ -167,42 +161,10 @@ def optimizer_steps(state: OptimizerState) -> dict[str, int]:
     return steps
 
 
-def rng_layout() -> tuple[int, int, int]:
-    """Sizes of the layout that random states belong to: pipeline, tensor, data and context parallel."""
-    from megatron.core import parallel_state
-
-    return (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-    )
-
-
-def rng_chunks() -> list[Chunk]:
-    """This rank's random states, ``rng/<pipeline>.<tensor>.<data and context rank>/<name>``: copies, as bytes."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    rank = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-    states: dict[str, Any] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
-    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
-    states.update({f"tracker/{name}": state for name, state in tracked.items()})
-    prefix = "rng/" + ".".join(map(str, rank))
-    return [
-        Chunk(key=f"{prefix}/{name}", global_shape=tuple(value.shape), offset=(0,) * value.ndim, tensor=value.clone())
-        for name, value in states.items()
-    ]
-
-
-def restore_rng(chunks: Sequence[Chunk]) -> None:
-    """Go on with random states that were read into `rng_chunks`."""
-    from megatron.core import tensor_parallel
-
-    states = {chunk.key.split("/", 2)[2]: chunk.tensor for chunk in chunks}
-    tracked = {name.removeprefix("tracker/"): state for name, state in states.items() if name.startswith("tracker/")}
-    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
-    torch.cuda.set_rng_state(states["cuda"])
-    torch.set_rng_state(states["cpu"])
+@torch.no_grad()
+def copy_tensors(models: Sequence[HealthGPT], loaded: dict[str, torch.Tensor]) -> None:
+    """Put loaded tensors into the parameters of their names, where they are not loaded in place already."""
+    parameters = named_parameters(models)
+    for name, value in loaded.items():
+        if value is not parameters[name] and value.data_ptr() != parameters[name].data_ptr():
+            parameters[name].copy_(value)

@@ -6,7 +6,7 @@ divided by their number; its norm is taken before clipping; parameter groups mar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
