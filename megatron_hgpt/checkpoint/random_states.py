@@ -1,4 +1,4 @@
-"""Random states of a checkpoint: gone on with at the same layout, drawn anew from seed and step at another one."""
+"""Random states in a checkpoint: gone on with at the same layout, drawn anew from seed and step at another one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from megatron_hgpt.checkpoint.metadata_file import Contents
 from megatron_hgpt.checkpoint.reading import read_object, read_whole
+from megatron_hgpt.checkpoint.state import Chunk
 from megatron_hgpt.distributed import seed_from_step
 from megatron_hgpt.errors import CheckpointError
 
@@ -27,7 +28,7 @@ def restore_random_states(folder: Path, info: dict[str, Any], contents: Contents
     Raises:
         CheckpointError: the states are missing or damaged.
     """
-    sizes, place = _layout()
+    sizes, place = layout()
     if sizes != info["rng_layout"]:
         before, now = _named(info["rng_layout"]), _named(sizes)
         logger.warning("%s was saved at %s and goes on at %s: dropout draws anew", folder, before, now)
@@ -40,7 +41,7 @@ def restore_random_states(folder: Path, info: dict[str, Any], contents: Contents
         prefix = f"{RNG}/{numbers}/"
         names = [key.removeprefix(prefix) for key in contents.tensors if key.startswith(prefix)]
         states = {name: read_whole(folder, contents, prefix + name) for name in names}
-    if _kinds(states) != _kinds(_present_states()):
+    if _kinds(states) != _kinds(present_states()):
         logger.warning("%s was saved on another kind of device: dropout draws anew", folder)
         seed_from_step(seed, info["step"])
         return
@@ -55,7 +56,18 @@ def _kinds(states: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _present_states() -> dict[str, torch.Tensor]:
+def rng_chunks() -> list[Chunk]:
+    """This rank's random states as bytes: ``rng/<pipeline>.<tensor>.<data and context rank>/<name>``."""
+    _, place = layout()
+    prefix = f"{RNG}/{'.'.join(map(str, place))}"
+    return [
+        Chunk(key=f"{prefix}/{name}", global_shape=tuple(state.shape), offset=(0,) * state.ndim, tensor=state)
+        for name, state in present_states().items()
+    ]
+
+
+def present_states() -> dict[str, torch.Tensor]:
+    """This rank's, by name."""
     from megatron.core import tensor_parallel
 
     trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
@@ -87,7 +99,7 @@ def _states_of_an_object(folder: Path, contents: Contents, key: str) -> dict[str
     return flat
 
 
-def _layout() -> tuple[list[int], list[int]]:
+def layout() -> tuple[list[int], list[int]]:
     """Sizes of (pipeline, tensor, data and context), and this rank's place in each."""
     from megatron.core import parallel_state
 
@@ -105,6 +117,6 @@ def _layout() -> tuple[list[int], list[int]]:
 
 
 def _named(sizes: Sequence[int]) -> str:
-    """The sizes of `_layout` in words."""
+    """The sizes of `layout` in words."""
     pipeline, tensor, data = sizes
     return f"pipeline {pipeline} x tensor {tensor} x data and context {data}"

@@ -10,10 +10,9 @@ import io
 import math
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
@@ -21,57 +20,30 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_hgpt.checkpoint.metadata_file import Contents, Place, num_bytes_of, told
+from megatron_hgpt.checkpoint.state import Chunk
 from megatron_hgpt.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A rectangle of a stored tensor, and where its values go."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    """Of the rectangle in the stored tensor."""
-    tensor: torch.Tensor
-    """Of the rectangle's shape, with as many axes as the stored tensor; written in place."""
-
-
-def pieces_of(tensors: Iterable[ShardedTensor]) -> list[Piece]:
-    """What megatron.core's sharded tensors ask for; their data is filled."""
-    return [
-        Piece(
-            key=tensor.key,
-            global_shape=tuple(tensor.global_shape),
-            offset=tuple(tensor.global_offset),
-            tensor=tensor.data.detach()[(None,) * tensor.prepend_axis_num],
-        )
-        for tensor in tensors
-    ]
 
 
 @torch.no_grad()
-def read_pieces(folder: Path, contents: Contents, pieces: Sequence[Piece]) -> None:
-    """Fill the tensors of `pieces`.
+def read_chunks(folder: Path, contents: Contents, chunks: Sequence[Chunk]) -> None:
+    """Fill the tensors of `chunks` with what the folder holds of them.
 
     Raises:
         CheckpointError: a tensor or a part of it is missing, is of another shape, or cannot be read.
     """
-    _check_shapes(folder, contents, pieces)
+    _check_shapes(folder, contents, chunks)
     requests: dict[Place, list[tuple[ReadItem, TensorStorageMetadata, torch.Tensor]]] = defaultdict(list)
-    for piece in pieces:
-        stored = contents.tensors[piece.key]
-        wanted = ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape)
-        items = create_read_items_for_chunk_list(piece.key, stored, [wanted])
-        if sum(math.prod(item.lengths) for item in items) != piece.tensor.numel():
-            raise CheckpointError(f"{folder} holds only a part of {piece.key}; use another checkpoint")
+    for wanted in chunks:
+        stored = contents.tensors[wanted.key]
+        rectangle = ChunkStorageMetadata(torch.Size(wanted.offset), wanted.tensor.shape)
+        items = create_read_items_for_chunk_list(wanted.key, stored, [rectangle])
+        if sum(math.prod(item.lengths) for item in items) != wanted.tensor.numel():
+            raise CheckpointError(f"{folder} holds only a part of {wanted.key}; use another checkpoint")
         for item in items:
-            place = contents.places.get((piece.key, tuple(item.storage_index.offset or ())))
+            place = contents.places.get((wanted.key, tuple(item.storage_index.offset or ())))
             if place is None:
-                raise CheckpointError(f"{folder} does not say where {piece.key} lies; use another checkpoint")
-            requests[place].append((item, stored, piece.tensor))
+                raise CheckpointError(f"{folder} does not say where {wanted.key} lies; use another checkpoint")
+            requests[place].append((item, stored, wanted.tensor))
     for place in sorted(requests, key=lambda place: (place.file, place.offset)):
         stored_key = requests[place][0][0].storage_index
         stored = requests[place][0][1]
@@ -85,12 +57,13 @@ def read_whole(folder: Path, contents: Contents, key: str) -> torch.Tensor:
     """One stored tensor, whole, on the host.
 
     Raises:
-        CheckpointError: as `read_pieces`.
+        CheckpointError: as `read_chunks`.
     """
     stored = contents.tensors[key]
     target = torch.empty(stored.size, dtype=stored.properties.dtype)
-    piece = Piece(key=key, global_shape=tuple(stored.size), offset=(0,) * target.ndim, tensor=target)
-    read_pieces(folder, contents, [piece])
+    read_chunks(
+        folder, contents, [Chunk(key=key, global_shape=tuple(stored.size), offset=(0,) * target.ndim, tensor=target)]
+    )
     return target
 
 
@@ -105,13 +78,13 @@ def read_object(folder: Path, contents: Contents, key: str) -> Any:
     return _load(folder, place)
 
 
-def _check_shapes(folder: Path, contents: Contents, pieces: Sequence[Piece]) -> None:
-    missing = sorted({piece.key for piece in pieces} - contents.tensors.keys())
+def _check_shapes(folder: Path, contents: Contents, chunks: Sequence[Chunk]) -> None:
+    missing = sorted({wanted.key for wanted in chunks} - contents.tensors.keys())
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, e.g. {missing[:3]}")
-    for piece in pieces:
-        if (size := tuple(contents.tensors[piece.key].size)) != piece.global_shape:
-            raise CheckpointError(f"{folder}: {piece.key} is {size} there and {piece.global_shape} in the model")
+    for wanted in chunks:
+        if (size := tuple(contents.tensors[wanted.key].size)) != wanted.global_shape:
+            raise CheckpointError(f"{folder}: {wanted.key} is {size} there and {wanted.global_shape} in the model")
 
 
 def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -14,8 +14,8 @@ from megatron_hgpt.checkpoint.description import check_fits
 from megatron_hgpt.checkpoint.differences import changed_settings
 from megatron_hgpt.checkpoint.frozen_base import base_identity
 from megatron_hgpt.checkpoint.random_states import restore_random_states
-from megatron_hgpt.checkpoint.reading import pieces_of, read_pieces
-from megatron_hgpt.checkpoint.state import by_parameter, copy_tensors, model_state, optimizer_tensors
+from megatron_hgpt.checkpoint.reading import read_chunks
+from megatron_hgpt.checkpoint.state import copy_tensors, model_chunks, model_state, optimizer_chunks
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError
@@ -64,11 +64,10 @@ def restore(
     _check_stage(config, folder, info)
     with engine.whole_parameters(writable=True):
         tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
-        moments = optimizer_tensors(state, tensors)
-        pieces = pieces_of([*tensors.values(), *moments.values()])
-        on_every_rank(lambda: read_pieces(folder, opened.contents, pieces))
+        chunks = [*model_chunks(tensors), *optimizer_chunks(state, tensors)]
+        on_every_rank(lambda: read_chunks(folder, opened.contents, chunks))
         copy_tensors(models, {name: tensor.data for name, tensor in tensors.items()})
-        state.scatter(by_parameter({name: tensor.data for name, tensor in moments.items()}))
+        state.restored()
     _restore_steps(state, info)
     on_every_rank(lambda: restore_random_states(folder, info, opened.contents, config.training.seed))
     changes = changed_settings(folder, config)
@@ -127,8 +126,8 @@ def load_opened(models: Sequence[HealthGPT], config: RunConfig, checkpoints: Seq
         check_fits(config, base, folder, info)
         groups = parameter_groups(info["trained_groups"])
         tensors = model_state(models, sorted(groups))
-        pieces = pieces_of(tensors.values())
-        on_every_rank(lambda: read_pieces(folder, opened.contents, pieces))  # noqa: B023  (called here)
+        chunks = model_chunks(tensors)
+        on_every_rank(lambda: read_chunks(folder, opened.contents, chunks))  # noqa: B023  (called here)
         copy_tensors(models, {name: tensor.data for name, tensor in tensors.items()})
         trained |= set(info["trained_groups"])
         logger.info("loaded %s (%s, step %d): %s", folder, info["stage"], info["step"], ", ".join(sorted(groups)))

@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 
 from megatron_hgpt.checkpoint.metadata_file import METADATA, read_contents, read_metadata_file
-from megatron_hgpt.checkpoint.reading import Piece, read_object, read_pieces, read_whole
+from megatron_hgpt.checkpoint.reading import read_chunks, read_object, read_whole
+from megatron_hgpt.checkpoint.state import Chunk
 from megatron_hgpt.errors import CheckpointError
 
 
@@ -50,8 +51,8 @@ def test_what_torch_wrote_is_read(folder: Path) -> None:
 
 def test_a_rectangle_is_read_into_its_place(folder: Path) -> None:
     target = torch.zeros(1, 2, 3)
-    piece = Piece(key="a.weight", global_shape=(2, 3, 4), offset=(1, 1, 1), tensor=target)
-    read_pieces(folder, read(folder), [piece])
+    piece = Chunk(key="a.weight", global_shape=(2, 3, 4), offset=(1, 1, 1), tensor=target)
+    read_chunks(folder, read(folder), [piece])
     assert target.equal(torch.arange(24.0).view(2, 3, 4)[1:, 1:, 1:])
 
 
@@ -208,12 +209,12 @@ def test_another_tensor_in_its_place_and_holes_are_refused(folder: Path) -> None
     contents.tensors["b"].chunks.clear()
     with pytest.raises(CheckpointError, match="holds only a part of b"):
         read_whole(folder, contents, "b")
-    piece = Piece(key="a.weight", global_shape=(4, 3, 4), offset=(0, 0, 0), tensor=torch.zeros(4, 3, 4))
+    piece = Chunk(key="a.weight", global_shape=(4, 3, 4), offset=(0, 0, 0), tensor=torch.zeros(4, 3, 4))
     with pytest.raises(CheckpointError, match=r"a\.weight is \(2, 3, 4\) there and \(4, 3, 4\) in the model"):
-        read_pieces(folder, contents, [piece])
-    absent = Piece(key="c", global_shape=(1,), offset=(0,), tensor=torch.zeros(1))
+        read_chunks(folder, contents, [piece])
+    absent = Chunk(key="c", global_shape=(1,), offset=(0,), tensor=torch.zeros(1))
     with pytest.raises(CheckpointError, match="lacks 1 tensors of the model"):
-        read_pieces(folder, contents, [absent])
+        read_chunks(folder, contents, [absent])
 
 
 def test_a_packed_tensor_is_refused_before_it_is_unpacked(folder: Path) -> None:
