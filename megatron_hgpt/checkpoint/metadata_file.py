@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +32,11 @@ class Place:
     file: str
     offset: int
     num_bytes: int
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """What to sort by."""
+        return self.file, self.offset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,14 +129,15 @@ def read_contents(folder: Path, content: bytes) -> Contents:
         places = dict(_place(index, info, sizes) for index, info in state["storage_data"].items())
     # Whatever bytes can do to an unpickler; nothing of it may reach the user as a traceback.
     except Exception as error:
-        raise CheckpointError(f"{path} is refused: {told(error)}; use another checkpoint") from error
+        raise CheckpointError(
+            f"{path} is refused: {told(reason_of(error) or type(error).__name__)}; use another checkpoint"
+        ) from error
     return Contents(tensors=tensors, objects=objects, places=places)
 
 
-def told(error: Exception) -> str:
-    """An error that a file's content may have worded, as one line that a terminal can show."""
-    text = " ".join((reason_of(error) or type(error).__name__).split())[:200]
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+def told(text: str) -> str:
+    """What a file's content may have worded, as one line that a terminal can show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split())[:200])
 
 
 def read_metadata_file(folder: Path) -> bytes:
@@ -205,8 +210,3 @@ def _place(index: Any, info: Any, size_of: Callable[[str], int]) -> tuple[tuple[
         raise ValueError(f"{name} ends before {offset + length} bytes")
     chunk = key.get("offset")  # an object has none
     return (key["fqn"], None if chunk is None else _size(chunk)), Place(file=name, offset=offset, num_bytes=length)
-
-
-def num_bytes_of(chunk: ChunkStorageMetadata, tensor: TensorStorageMetadata) -> int:
-    """Of the numbers of a chunk."""
-    return math.prod(chunk.sizes) * tensor.properties.dtype.itemsize

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_hgpt.checkpoint.metadata_file import Contents, Place, num_bytes_of, told
+from megatron_hgpt.checkpoint.metadata_file import Contents, Place, told
 from megatron_hgpt.checkpoint.state import Chunk
-from megatron_hgpt.errors import CheckpointError
+from megatron_hgpt.errors import CheckpointError, reason_of
 
 
 @torch.no_grad()
@@ -32,24 +32,20 @@ def read_chunks(folder: Path, contents: Contents, chunks: Sequence[Chunk]) -> No
         CheckpointError: a tensor or a part of it is missing, is of another shape, or cannot be read.
     """
     _check_shapes(folder, contents, chunks)
-    requests: dict[Place, list[tuple[ReadItem, TensorStorageMetadata, torch.Tensor]]] = defaultdict(list)
+    requests: dict[tuple[str, tuple[int, ...]], list[tuple[ReadItem, torch.Tensor]]] = defaultdict(list)
     for wanted in chunks:
-        stored = contents.tensors[wanted.key]
         rectangle = ChunkStorageMetadata(torch.Size(wanted.offset), wanted.tensor.shape)
-        items = create_read_items_for_chunk_list(wanted.key, stored, [rectangle])
+        items = create_read_items_for_chunk_list(wanted.key, contents.tensors[wanted.key], [rectangle])
         if sum(math.prod(item.lengths) for item in items) != wanted.tensor.numel():
             raise CheckpointError(f"{folder} holds only a part of {wanted.key}; use another checkpoint")
         for item in items:
-            place = contents.places.get((wanted.key, tuple(item.storage_index.offset or ())))
-            if place is None:
-                raise CheckpointError(f"{folder} does not say where {wanted.key} lies; use another checkpoint")
-            requests[place].append((item, stored, wanted.tensor))
-    for place in sorted(requests, key=lambda place: (place.file, place.offset)):
-        stored_key = requests[place][0][0].storage_index
-        stored = requests[place][0][1]
-        chunk = next(chunk for chunk in stored.chunks if chunk.offsets == stored_key.offset)
-        value = _read_tensor(folder, place, chunk, stored)
-        for item, _, target in requests[place]:
+            requests[wanted.key, tuple(item.storage_index.offset or ())].append((item, wanted.tensor))
+    if unknown := requests.keys() - contents.places.keys():
+        raise CheckpointError(f"{folder} does not say where {min(unknown)[0]} lies; use another checkpoint")
+    # In the order of the files: each is read from its beginning to its end.
+    for key, offset in sorted(requests, key=lambda stored: contents.places[stored].position):
+        value = _read_tensor(folder, contents, key, offset)
+        for item, target in requests[key, offset]:
             _narrow(target, item.dest_offsets, item.lengths).copy_(_narrow(value, item.storage_offsets, item.lengths))
 
 
@@ -92,17 +88,20 @@ def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]
     return tensor[tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))]
 
 
-def _read_tensor(
-    folder: Path, place: Place, chunk: ChunkStorageMetadata, stored: TensorStorageMetadata
-) -> torch.Tensor:
-    if place.num_bytes < num_bytes_of(chunk, stored):
-        raise CheckpointError(f"{folder / place.file} is damaged: a tensor is cut; use another checkpoint")
+def _read_tensor(folder: Path, contents: Contents, key: str, offset: tuple[int, ...]) -> torch.Tensor:
+    """The stored chunk of a tensor at an offset."""
+    place, stored = contents.places[key, offset], contents.tensors[key]
+    chunk = next(chunk for chunk in stored.chunks if tuple(chunk.offsets) == offset)
+    if place.num_bytes < math.prod(chunk.sizes) * stored.properties.dtype.itemsize:
+        raise CheckpointError(f"{folder / place.file} is damaged: {told(key)} is cut; use another checkpoint")
     value = _load(folder, place)
     is_as_described = (
         isinstance(value, torch.Tensor) and value.shape == chunk.sizes and value.dtype == stored.properties.dtype
     )
     if not is_as_described:
-        raise CheckpointError(f"{folder / place.file} is damaged: it holds another tensor; use another checkpoint")
+        raise CheckpointError(
+            f"{folder / place.file} is damaged: it holds another tensor than {told(key)}; use another checkpoint"
+        )
     return value
 
 
@@ -124,4 +123,6 @@ def _load(folder: Path, place: Place) -> Any:
         return torch.load(content, map_location="cpu", weights_only=True)
     # Damage shows as any of a dozen types.
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {told(error)}; use another checkpoint") from error
+        raise CheckpointError(
+            f"{path} is damaged: {told(reason_of(error) or type(error).__name__)}; use another checkpoint"
+        ) from error

@@ -13,7 +13,7 @@ import torch
 
 from megatron_hgpt.checkpoint.description import INFO, seal
 from megatron_hgpt.checkpoint.metadata_file import METADATA, Contents, read_contents, read_metadata_file
-from megatron_hgpt.checkpoint.reading import read_object, read_whole
+from megatron_hgpt.checkpoint.reading import read_whole
 
 
 def contents_of(folder: Path) -> Contents:
@@ -38,32 +38,15 @@ def seal_folder(folder: Path, **changes: Any) -> None:
     (folder / INFO).write_text(json.dumps(seal({**info, "files": files, **changes})))
 
 
-def write_as_format_3(source: Path, folder: Path) -> None:
-    """A checkpoint of format 2 as one of format 3, each tensor in one chunk."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
-
-    contents = contents_of(source)
-    tensors = plain_tensors(source)
-    for key in contents.objects:
-        place = key.removeprefix("rng/shard_").split("_")[0]
-        (states,) = read_object(source, contents, key)
-        tensors.update({f"rng/{place}/{name}": states[name].clone() for name in ("cpu", "cuda")})
-        tensors.update({f"rng/{place}/tracker/{name}": state for name, state in states["tracker"].items()})
-    folder.mkdir(parents=True)
-    save(tensors, storage_writer=FileSystemWriter(folder), no_dist=True)
-    shutil.copy(source / "resolved_config.yaml", folder)
-    info = json.loads((source / INFO).read_text())
-    (folder / INFO).write_text(json.dumps({**info, "format_version": 3, "is_healthy": True}))
-    seal_folder(folder)
-
-
 def write_as_format_2(source: Path, folder: Path) -> None:
-    """A checkpoint of format 3 as megatron.core's saver and this package wrote format 2, in an initialised process."""
+    """A checkpoint of format 3 as one of format 2, which megatron.core's saver wrote; in an initialised process."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     info = json.loads((source / INFO).read_text())
-    layout, states, request = info["rng_layout"], {}, {}
+    layout = info["rng_layout"]
+    states: dict[str, dict[str, Any]] = {}
+    request: dict[str, Any] = {}
     for key, tensor in plain_tensors(source).items():
         if key.startswith("rng/"):
             _, place, name = key.split("/", 2)
@@ -77,7 +60,7 @@ def write_as_format_2(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     dist_checkpointing.save(request, str(folder))
     shutil.copy(source / "resolved_config.yaml", folder)
-    new = ("is_healthy", "files", "digest")
+    new = ("is_healthy", "files", "digest", "publication")
     old = {key: value for key, value in info.items() if key not in new}
     (folder / INFO).write_text(json.dumps({**old, "format_version": 2}))
 

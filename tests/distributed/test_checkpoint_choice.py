@@ -18,7 +18,7 @@ from megatron_hgpt.checkpoint import choice, open_checkpoint, verify_checkpoint
 from megatron_hgpt.checkpoint.choice import open_newest
 from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TrainingConfig
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.testing.checkpoints import seal_folder, write_as_format_3
+from megatron_hgpt.testing.checkpoints import seal_folder, write_as_format_2
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import tiny_config, write_backbone
 from megatron_hgpt.testing.training import build_trainer
@@ -49,19 +49,24 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def old_run(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 2 and 4 of two tensor-parallel ranks, format 2."""
-    folder = tmp_path_factory.mktemp("old")
+def whole_run(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 2 and 4 of two tensor-parallel ranks."""
+    folder = tmp_path_factory.mktemp("whole")
     run_ranks(fit, 2, backbone, folder, TP2, {})
     return folder
 
 
-@pytest.fixture(scope="module")
-def whole_run(old_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in format 3."""
-    folder = tmp_path_factory.mktemp("whole")
+def write_old(source: Path, folder: Path) -> None:
+    initialize({})
     for step in ("step_00000002", "step_00000004"):
-        write_as_format_3(old_run / "checkpoints" / step, folder / "checkpoints" / step)
+        write_as_format_2(source / "checkpoints" / step, folder / "checkpoints" / step)
+
+
+@pytest.fixture(scope="module")
+def old_run(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in format 2."""
+    folder = tmp_path_factory.mktemp("old")
+    run_ranks(write_old, 1, whole_run, folder)
     return folder
 
 
@@ -93,12 +98,12 @@ def restore(backbone: Path, folder: Path, parallel: dict[str, Any]) -> tuple[int
     """Step, what was said, and sums of the weights, moments and random states after a resume."""
     trainer = make_trainer(backbone, folder, parallel)
     said = Lines()
-    trainer._restore()
+    restored = trainer.checkpointer.restore_latest(trainer.models, trainer.engine)
     draws = torch.rand(3).tolist()
     sums = {name: float(p.double().sum()) for name, p in trainer.models[0].named_parameters() if p.requires_grad}
-    moments = trainer.engine.optimizer_state().gather()
-    sums |= {f"{slot} {name}": float(v.double().sum()) for name, m in moments.items() for slot, v in m.items()}
-    return trainer.step, said.texts, {**sums, "draws": draws}
+    moments = trainer.engine.optimizer_state().parts()
+    sums |= {f"{slot} {name}": float(v.tensor.double().sum()) for name, m in moments.items() for slot, v in m.items()}
+    return 0 if restored is None else restored.step, said.texts, {**sums, "draws": draws}
 
 
 def test_formats_2_and_3_restore_the_same(backbone: Path, old_run: Path, run: Path) -> None:
@@ -142,7 +147,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_it_used(r
     first, second = run_ranks(flip_each_file, 2, run)
     assert [(name, taken) for name, taken, _ in first] == [(name, taken) for name, taken, _ in second]
     names = {name for name, _, _ in first}
-    assert {".metadata", "healthgpt.json", "resolved_config.yaml", "__0_0.distcp"} == names
+    assert {".metadata", "healthgpt.json", "resolved_config.yaml", "__0_0.distcp", "__1_0.distcp"} == names
     for name, taken, said in first:
         assert taken == "step_00000002", name
         (line,) = said
@@ -285,7 +290,7 @@ def test_another_layout_draws_masks_that_the_run_has_not_had(backbone: Path, run
 def resume_with(backbone: Path, folder: Path, training: dict[str, Any]) -> str:
     trainer = make_trainer(backbone, folder, {}, **training)
     try:
-        trainer._restore()
+        trainer.checkpointer.restore_latest(trainer.models, trainer.engine)
     except CheckpointError as error:
         return str(error)
     return "resumed"
