@@ -16,6 +16,7 @@ from megatron_hgpt.config import ModelConfig, RunConfig
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.files import read_json
 from megatron_hgpt.parameters import SAVED_GROUPS
+from megatron_hgpt.stages import STAGES
 
 FORMAT_VERSION = 3
 INFO = "healthgpt.json"
@@ -45,18 +46,21 @@ _SHAPE_FIELDS = ("family", "num_layers", "hidden_size", "ffn_size", "num_heads",
 """Of `BackboneShape`: a preset and a folder may spell the same shape with different keys."""
 
 
-def _shape_of_version_1(sizes: dict[str, Any]) -> dict[str, Any]:
+def _shape_of_version_1(sizes: dict[str, Any], path: Path) -> dict[str, Any]:
     """Version 1 held the keys of the backbone's config.json, those that it had."""
-    family, heads = FAMILIES[sizes["architectures"][0]], sizes["num_attention_heads"]
-    return {
-        "family": family.model_type,
-        "num_layers": sizes["num_hidden_layers"],
-        "hidden_size": sizes["hidden_size"],
-        "ffn_size": sizes["intermediate_size"],
-        "num_heads": heads,
-        "num_kv_heads": sizes.get("num_key_value_heads") or heads,
-        "head_dim": sizes.get("head_dim") or sizes["hidden_size"] // heads,
-    }
+    try:
+        family, heads = FAMILIES[sizes["architectures"][0]], sizes["num_attention_heads"]
+        return {
+            "family": family.model_type,
+            "num_layers": sizes["num_hidden_layers"],
+            "hidden_size": sizes["hidden_size"],
+            "ffn_size": sizes["intermediate_size"],
+            "num_heads": heads,
+            "num_kv_heads": sizes.get("num_key_value_heads") or heads,
+            "head_dim": sizes.get("head_dim") or sizes["hidden_size"] // heads,
+        }
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} is damaged: fingerprint.backbone is no shape; use another checkpoint") from error
 
 
 def seal(info: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +111,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is refused: {size} bytes; use another checkpoint")
     try:
         info = read_json(path, CheckpointError)
+        seal(info)
     except RecursionError as error:
         raise CheckpointError(f"cannot read {path}: it nests too deeply; use another checkpoint") from error
     version = info.get("format_version")
@@ -122,7 +127,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     if problem := next(_problems(folder, info), None):
         raise CheckpointError(f"{path} is damaged: {problem}; use another checkpoint")
     if version == 1:
-        info["fingerprint"]["backbone"] = _shape_of_version_1(info["fingerprint"]["backbone"])
+        info["fingerprint"]["backbone"] = _shape_of_version_1(info["fingerprint"].get("backbone", {}), path)
     return info
 
 
@@ -134,12 +139,21 @@ def _is_mapping_to(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_value, value.values()))
 
 
+def _is_plain(value: Any) -> bool:
+    """A text or number, or a list of them."""
+    return all(one is None or isinstance(one, str | int | float) for one in (value if type(value) is list else [value]))
+
+
+def _is_part_of_fingerprint(value: Any) -> bool:
+    return _is_mapping_to(lambda one: _is_plain(one) or _is_mapping_to(_is_plain)(one))(value)
+
+
 def _is_file(value: Any) -> bool:
     return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "stage": (lambda value: isinstance(value, str), "a text"),
+    "stage": (lambda value: isinstance(value, str) and value in STAGES, "a stage"),
     "step": (_is_count, "a number of steps"),
     "is_healthy": (lambda value: isinstance(value, bool), "true or false"),
     "trained_groups": (
@@ -152,7 +166,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and len(value) == 3 and all(_is_count(size) and size for size in value),
         "a list of three sizes",
     ),
-    "fingerprint": (_is_mapping_to(lambda value: isinstance(value, dict)), "a mapping to mappings"),
+    "fingerprint": (_is_mapping_to(_is_part_of_fingerprint), "a mapping to mappings"),
     "base": (_is_mapping_to(lambda value: isinstance(value, str)), "a mapping to texts"),
     "files": (_is_mapping_to(_is_file), "a mapping to bytes and sha256"),
 }
