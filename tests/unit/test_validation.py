@@ -148,6 +148,21 @@ def test_paths_must_exist(field: str, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()  # checking writes nothing
 
 
+@pytest.mark.parametrize("name", ["output_dir", "checkpoint.directory"])
+def test_a_new_run_is_refused_among_the_checkpoints_of_another(name: str, tmp_path: Path) -> None:
+    """Its checkpoints would be pruned among them, and the next start would go on from theirs."""
+    directory = tmp_path / "checkpoints"
+    (directory / "step_00000007.tmp").mkdir(parents=True)
+    place = f"{name}={tmp_path if name == 'output_dir' else directory}"
+    fresh = tiny(place, "checkpoint.resume=false")
+    assert not [problem for problem in find_problems(fresh, 1) if "resume" in problem]
+    (directory / "step_00000007").mkdir()
+    (problem,) = (problem for problem in find_problems(fresh, 1) if "resume" in problem)
+    assert f"checkpoint.resume=false, but {directory} holds step_00000007 of an earlier run" in problem
+    assert "checkpoint.resume=true" in problem
+    assert not [problem for problem in find_problems(tiny(place), 1) if "resume" in problem]
+
+
 @pytest.mark.parametrize(
     ("field", "module", "package"),
     [("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow", "mlflow-skinny")],

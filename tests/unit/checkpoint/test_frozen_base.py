@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +78,12 @@ def test_random_weights_are_named_by_what_decides_them(tmp_path: Path) -> None:
     folder = write(tmp_path / "tower", tensors())
     assert identity(f"model.vision.tower={folder}")["vision_tower"] == weights_digest(folder)
     assert identity(f"model.backbone={folder}")["backbone"] == weights_digest(folder)
+
+
+@pytest.mark.parametrize("offsets", [[5, 4], [-1, 4], [None, 4], ["0", "4"], [4], 7])
+def test_places_that_cannot_be_are_refused(offsets: Any, tmp_path: Path) -> None:
+    """An end before its begin would read the whole file, for a sample of a KiB."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file: x"):
+        weights_digest(tmp_path)
