@@ -161,12 +161,12 @@ class Checkpointer:
 
         Args:
             wait: until nothing is being written any more.
-            is_final: training ends here, and what is not saved now is lost.
+            is_final: training ends here, and what is not saved now is lost; waits too.
 
         Raises:
-            CheckpointError: on every rank, `is_final` and the save is given up.
+            CheckpointError: on every rank, where `is_final`: the save is given up.
         """
-        self._settle(wait=wait, must_succeed=is_final)
+        self._settle(wait=wait or is_final, must_succeed=is_final)
         ready, self._ready = self._ready, []
         return ready
 

@@ -56,9 +56,9 @@ class Bulletin:
 
     def __init__(self, number: int) -> None:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
         # A connection of its own: a store serves one call at a time.
-        self._store = torch.distributed.PrefixStore(f"checkpoint/{number}", store.clone())
+        self._store: Any = torch.distributed.PrefixStore(f"checkpoint/{number}", store.clone())
 
     def announce_folder(self) -> None:
         """The folder is made."""
