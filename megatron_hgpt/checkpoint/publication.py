@@ -20,7 +20,7 @@ from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publi
 from megatron_hgpt.checkpoint.shards import HashedFile, Shard, sync_folder, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
-from megatron_hgpt.errors import CheckpointError, reason_of
+from megatron_hgpt.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
