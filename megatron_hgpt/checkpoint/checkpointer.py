@@ -75,6 +75,8 @@ class Checkpointer:
         self._under_way: tuple[Save[SavedCheckpoint], Path, float] | None = None
         """A save, the folder it is to become, and when it began."""
         self._num_saves = 0
+        self._needed = 0
+        """Bytes of one checkpoint on the disk, as far as `prepare` was asked."""
         self._ready: list[SavedCheckpoint] = []
 
     @functools.cached_property
@@ -92,10 +94,11 @@ class Checkpointer:
         size = bytes_on_disk(sum(chunk.num_bytes for chunk in chunks), len(chunks))
         total = torch.tensor([size], dtype=torch.int64, device=torch.cuda.current_device())
         torch.distributed.all_reduce(total)
+        self._needed = int(total)
         problem: list[str | None] = [None]
         if self.is_writer:
             try:
-                problem = [lacking_room(self.directory, int(total))]
+                problem = [lacking_room(self.directory, self._needed)]
             except OSError as error:
                 problem = [reason_of(error)]
         torch.distributed.broadcast_object_list(problem, src=0)
@@ -227,7 +230,9 @@ class Checkpointer:
     def _make(self, temporary: Path) -> None:
         """The first rank's thread: an empty folder."""
         settle_leftovers(self.directory)
-        temporary.mkdir(parents=True)
+        if (problem := lacking_room(self.directory, self._needed)) is not None:
+            raise CheckpointError(problem)
+        temporary.mkdir()
         sync_folder(self.directory)
 
     def _publish(
