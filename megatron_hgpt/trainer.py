@@ -106,6 +106,7 @@ class Trainer:
         previous = self._listen_for_termination()
         try:
             self._restore()
+            self.checkpointer.prepare(self.models, self.engine)
             for hook in self.hooks:
                 hook.on_fit_start(self.state)
             if self.context.is_writer:
@@ -190,7 +191,7 @@ class Trainer:
         if save:
             self._save()
         # Complete before validation starts, and so not lost if that fails.
-        self._announce_checkpoints(wait=stop or is_last or validate)
+        self._announce_checkpoints(wait=validate, is_final=stop or is_last)
         if validate:
             self.validate()
         if not stop and (save or validate):
@@ -198,7 +199,7 @@ class Trainer:
             if stop and not save:
                 self._save()
             if stop:
-                self._announce_checkpoints(wait=True)
+                self._announce_checkpoints(is_final=True)
         return stop
 
     def _save(self) -> None:
@@ -237,8 +238,8 @@ class Trainer:
         for change in restored.changes:
             logger.info("changed since that checkpoint: %s", change)
 
-    def _announce_checkpoints(self, *, wait: bool) -> None:
-        for checkpoint in self.checkpointer.published(wait=wait):
+    def _announce_checkpoints(self, *, wait: bool = False, is_final: bool = False) -> None:
+        for checkpoint in self.checkpointer.published(wait=wait, is_final=is_final):
             for hook in self.hooks:
                 hook.on_checkpoint_saved(self.state, checkpoint)
 

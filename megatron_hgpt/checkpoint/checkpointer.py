@@ -33,7 +33,7 @@ from megatron_hgpt.checkpoint.snapshot import HostCopies, share_of
 from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, optimizer_chunks, optimizer_steps
 from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.engines.base import TrainingEngine
+from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
 from megatron_hgpt.parameters import SAVED_GROUPS
 
@@ -75,6 +75,8 @@ class Checkpointer:
         self._under_way: tuple[Save[SavedCheckpoint], Path, float] | None = None
         """A save, the folder it is to become, and when it began."""
         self._num_saves = 0
+        self._needed = 0
+        """Bytes of one checkpoint on the disk, as far as `prepare` was asked."""
         self._ready: list[SavedCheckpoint] = []
 
     @functools.cached_property
@@ -88,14 +90,15 @@ class Checkpointer:
             ConfigError: the directory cannot be written to, or its disk has no room for one checkpoint.
         """
         with engine.whole_parameters():
-            chunks = self._share(models, engine)
+            chunks = self._share(models, engine.optimizer_state())
         size = bytes_on_disk(sum(chunk.num_bytes for chunk in chunks), len(chunks))
         total = torch.tensor([size], dtype=torch.int64, device=torch.cuda.current_device())
         torch.distributed.all_reduce(total)
+        self._needed = int(total)
         problem: list[str | None] = [None]
         if self.is_writer:
             try:
-                problem = [lacking_room(self.directory, int(total))]
+                problem = [lacking_room(self.directory, self._needed)]
             except OSError as error:
                 problem = [reason_of(error)]
         torch.distributed.broadcast_object_list(problem, src=0)
@@ -135,8 +138,9 @@ class Checkpointer:
         chunks: list[Chunk] | str
         try:
             with engine.whole_parameters():
-                chunks = self._copies.take(self._share(models, engine))
-            notes = {"optimizer_steps": optimizer_steps(engine.optimizer_state())}
+                state = engine.optimizer_state()
+                chunks = self._copies.take(self._share(models, state))
+            notes = {"optimizer_steps": optimizer_steps(state)}
             info = self._describe(step, loader_state, is_healthy)
         except (OSError, RuntimeError, MemoryError) as error:
             chunks = f"no copy could be made ({reason_of(error) or type(error).__name__})"
@@ -161,12 +165,12 @@ class Checkpointer:
 
         Args:
             wait: until nothing is being written any more.
-            is_final: training ends here, and what is not saved now is lost.
+            is_final: training ends here, and what is not saved now is lost; waits too.
 
         Raises:
-            CheckpointError: on every rank, `is_final` and the save is given up.
+            CheckpointError: on every rank, where `is_final`: the save is given up.
         """
-        self._settle(wait=wait, must_succeed=is_final)
+        self._settle(wait=wait or is_final, must_succeed=is_final)
         ready, self._ready = self._ready, []
         return ready
 
@@ -193,12 +197,12 @@ class Checkpointer:
             raise CheckpointError(told[0])
         logger.warning("%sTraining goes on; the next save tries anew", text)
 
-    def _share(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> list[Chunk]:
+    def _share(self, models: Sequence[HealthGPT], state: OptimizerState) -> list[Chunk]:
         """What this rank writes."""
         from megatron.core import parallel_state
 
         tensors = model_state(models, SAVED_GROUPS)
-        held = [*model_chunks(tensors), *optimizer_chunks(engine.optimizer_state(), tensors), *rng_chunks()]
+        held = [*model_chunks(tensors), *optimizer_chunks(state, tensors), *rng_chunks()]
         return share_of(
             held,
             parallel_state.get_data_parallel_rank(with_context_parallel=True),
@@ -226,7 +230,9 @@ class Checkpointer:
     def _make(self, temporary: Path) -> None:
         """The first rank's thread: an empty folder."""
         settle_leftovers(self.directory)
-        temporary.mkdir(parents=True)
+        if (problem := lacking_room(self.directory, self._needed)) is not None:
+            raise CheckpointError(problem)
+        temporary.mkdir()
         sync_folder(self.directory)
 
     def _publish(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,10 +86,27 @@ def check_seal(info: dict[str, Any], path: Path) -> None:
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
+    """Complete checkpoints in a folder, in the order of their publication; those that cannot be read come last.
+
+    Not by step: a run that went back leaves checkpoints of later steps behind, which it must not go on from.
+    """
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if _STEP_FOLDER.fullmatch(path.name))
+
+    def rank(folder: Path) -> tuple[float, str]:
+        number = publication_of(folder)
+        return (math.inf if number is None else number, folder.name)
+
+    return sorted((path for path in directory.iterdir() if _STEP_FOLDER.fullmatch(path.name)), key=rank)
+
+
+def publication_of(folder: Path) -> int | None:
+    """Which publication of its directory a checkpoint was; 0 where it does not say; None where it cannot be read."""
+    try:
+        number = read_info(folder).get("publication", 0)
+    except CheckpointError:
+        return None
+    return number if isinstance(number, int) else None
 
 
 _STEP_FOLDER = re.compile(r"step_(\d{8})")

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, read_info, seal
+from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publication_of, read_info, seal
 from megatron_hgpt.checkpoint.shards import HashedFile, Shard, sync_folder, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
-from megatron_hgpt.errors import CheckpointError, reason_of
+from megatron_hgpt.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def describe(
     write_metadata(folder, shards)
     with HashedFile(folder / "resolved_config.yaml") as file:
         file.write(dump(config).encode())
-    files = {shard.file: {"bytes": shard.num_bytes, "sha256": shard.sha256} for shard in shards}
+    files: dict[str, Any] = {shard.file: {"bytes": shard.num_bytes, "sha256": shard.sha256} for shard in shards}
     for name in (".metadata", "resolved_config.yaml"):
         with (folder / name).open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
@@ -122,31 +122,21 @@ def give_name(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def publication_of(folder: Path) -> tuple[int, bool]:
-    """Which publication of its directory a checkpoint was, and whether it counts as healthy.
-
-    Folders of earlier formats do not say: they were before all others, and healthy; a damaged one is not.
-    """
-    try:
-        info = read_info(folder)
-    except CheckpointError:
-        return 0, False
-    return int(info.get("publication", 0)), bool(info.get("is_healthy", True))
-
-
 def next_publication(directory: Path) -> int:
     """One more than the last."""
-    return 1 + max((publication_of(folder)[0] for folder in checkpoint_folders(directory)), default=0)
+    return 1 + max((publication_of(folder) or 0 for folder in checkpoint_folders(directory)), default=0)
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the `keep` checkpoints published last, and the healthy one published last; 0 keeps all."""
-    standing = {folder: publication_of(folder) for folder in checkpoint_folders(directory)}
-    newest_first = sorted(standing, key=lambda folder: (standing[folder][0], folder.name), reverse=True)
-    kept = set(newest_first[:keep])
-    kept.update([folder for folder in newest_first if standing[folder][1]][:1])
-    for folder in reversed(newest_first):
-        if keep == 0 or folder in kept:
+    """Remove all but the `keep` checkpoints published last and the healthy one published last; 0 keeps all."""
+    if keep == 0:
+        return
+    folders = checkpoint_folders(directory)
+    readable = [folder for folder in folders[::-1] if publication_of(folder) is not None]
+    healthy = [folder for folder in readable if read_info(folder)["is_healthy"]]
+    kept = {*readable[:keep], *healthy[:1]}
+    for folder in folders:
+        if folder in kept:
             continue
         try:
             # Under its own name a folder is whole, also if the process ends in between.

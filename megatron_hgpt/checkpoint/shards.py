@@ -117,7 +117,7 @@ def write_shard(folder: Path, rank: int, chunks: Sequence[Chunk], check: Callabl
         for chunk in chunks:
             check()
             start = file.tell()
-            torch.save(chunk.tensor, file)
+            torch.save(chunk.tensor, file)  # type: ignore[arg-type]
             stored.append(
                 Stored(
                     key=chunk.key,

@@ -22,7 +22,8 @@ def share_of(chunks: Iterable[Chunk], rank: int, size: int) -> list[Chunk]:
         rank: among the data-parallel ranks.
         size: their number.
     """
-    mine, shared = [], []
+    mine: list[Chunk] = []
+    shared: list[Chunk] = []
     for chunk in chunks:
         if chunk.is_first_copy:
             (shared if chunk.is_shared else mine).append(chunk)

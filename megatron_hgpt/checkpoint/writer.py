@@ -10,10 +10,12 @@ nobody, and what training sends meanwhile cannot get mixed up with it.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import json
 import platform
+import shutil
 import threading
 import time
 import zlib
@@ -56,9 +58,12 @@ class Bulletin:
 
     def __init__(self, number: int) -> None:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = torch.distributed.distributed_c10d._get_default_store()
-        # A connection of its own: a store serves one call at a time.
-        self._store = torch.distributed.PrefixStore(f"checkpoint/{number}", store.clone())
+        self._prefix = f"checkpoint/{number}"
+        self._store: Any = torch.distributed.distributed_c10d._get_default_store()
+
+    def connect(self) -> None:
+        """Take a connection of its own: a store serves one call at a time, and training uses it too."""
+        self._store = torch.distributed.PrefixStore(self._prefix, self._store.clone())
 
     def announce_folder(self) -> None:
         """The folder is made."""
@@ -140,13 +145,16 @@ class Save(threading.Thread, Generic[T]):
     def run(self) -> None:
         """See `threading.Thread.run`."""
         try:
+            self._bulletin.connect()
             self._write()
         except GivenUp:
             pass
         except Exception as error:
             self._fail(self._reason(error))
         finally:
-            self._chunks = ()  # an abandoned save keeps no memory longer than it must
+            self._chunks = ()  # a save that was given up keeps no memory longer than it must
+            if self._is_first and self.published is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def verdict(self) -> Verdict:
         """How far the save is, alike on every rank; every rank must call it."""
@@ -224,7 +232,8 @@ class Save(threading.Thread, Generic[T]):
     def _fail(self, reason: str) -> None:
         self.failure = f"rank {self._bulletin.rank}: {reason}"
         if not self._is_first:
-            self._bulletin.report_failure(reason)
+            with contextlib.suppress(RuntimeError):  # the first rank has ended
+                self._bulletin.report_failure(reason)
 
     def _reason(self, error: Exception) -> str:
         reason = " ".join((reason_of(error) or type(error).__name__).split())
