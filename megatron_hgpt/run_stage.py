@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def main(config: RunConfig) -> None:
+def main(config: RunConfig) -> int:
     """Train one stage from configuration to last checkpoint.
 
     Order: validate, process groups, model (weights loaded), earlier stages' weights, freeze, data, trainer, fit.
+
+    Returns:
+        0, or the number of the signal (SIGTERM, SIGINT) that stopped the run before its last step; it has saved.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input, before any training work is lost.
@@ -91,7 +94,7 @@ def main(config: RunConfig) -> None:
             parameters=_path_parameters(config),
             sample_images=_image_sampler(config, models[0], tokenizer, context),
         )
-        Trainer(
+        return Trainer(
             config=config,
             stage=stage,
             context=context,
