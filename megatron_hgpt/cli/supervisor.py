@@ -118,6 +118,13 @@ class Agent(LocalElasticAgent):
         """Of these the ones that did not end as processes do that are told to stop."""
         return {rank: status for rank, status in self.exit_statuses().items() if status not in _AS_ASKED}
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # torch goes on with the store of the first round, which names the addresses of processes that are gone: gloo's
+        # groups then connect to nobody. Without these two it makes a new one.
+        handler: Any = worker_group.spec.rdzv_handler
+        handler._bootstrap_store_info = handler._shared_tcp_store_server = None
+        super()._rendezvous(worker_group)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         # Before the agent ends the others, whose statuses then say nothing.
         failed = {rank: status for rank, status in self.exit_statuses().items() if status}
