@@ -37,6 +37,11 @@ def started_by_an_elastic_launcher() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def started_by_ft_launcher() -> bool:
+    """Whether ft_launcher of nvidia-resiliency-ext started this process and waits for its heartbeats."""
+    return "FT_RANK_MONITOR_IPC_SOCKET" in os.environ
+
+
 def error_file_from_environment() -> str | None:
     """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")

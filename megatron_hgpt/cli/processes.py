@@ -167,24 +167,27 @@ def _run_agent(agent: Agent) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 
-    spec = agent.get_worker_group().spec
+    group = agent.get_worker_group()
     try:
         result = agent.run()
     except SignalException as ended:
         if unsaved := agent.unsaved():
             said = ", ".join(f"{rank} (exit status {status})" for rank, status in sorted(unsaved.items()))
-            logger.error("stopped by signal %d, but these local ranks did not save in time: %s", ended.sigval, said)
+            logger.error("stopped by signal %d, but local ranks did not save: %s", ended.sigval, said)
             return 1
         finished = set(agent.exit_statuses().values()) == {0}
         return 0 if finished else 128 + int(ended.sigval if ended.sigval == signal.SIGINT else signal.SIGTERM)
     except RendezvousClosedError:
-        logger.error("another node has ended the run; its messages say why")
-        return _shell_status(agent.last_status)
-    spec.rdzv_handler.shutdown()
-    if result is not None and not result.is_failed():
+        logger.error("another node has ended the run, and says why")
+        return _shell_status(agent.hear_status())
+    has_failed = result is None or result.is_failed()
+    if has_failed:
+        agent.tell_others()
+    group.spec.rdzv_handler.shutdown()
+    if not has_failed:
         return 0
-    if spec.rdzv_handler.get_backend() == "c10d" and agent.get_worker_group().group_world_size > 1:
-        time.sleep(_LINGER_S)
+    if (group.group_world_size or 1) > 1:
+        time.sleep(_LINGER_S)  # the store in which the others read it may be this process's
     return _shell_status(agent.last_status)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 
 from megatron_hgpt.checkpoint.description import checkpoint_folders
 from megatron_hgpt.config import LaunchConfig
@@ -33,6 +34,7 @@ FINAL = (ExitStatus.USER_ERROR, ExitStatus.DIVERGED, *STOPPED)
 """Exit statuses that starting again does not help, or that somebody asked for."""
 _AS_ASKED = (ExitStatus.FINISHED, *STOPPED, -signal.SIGTERM, -signal.SIGINT)
 """How processes end that are told to stop; by the signal itself before they train, with nothing to save."""
+_STATUS_KEY = "hgpt/exit_status"
 _LONGEST_BACKOFF_S = 300.0
 _SECOND_CTRL_C_S = 1.0
 
@@ -64,12 +66,12 @@ class Patience:
             return None
         return min(self._launch.restart_backoff_s * 2 ** (self._failures - 1), _LONGEST_BACKOFF_S)
 
-    def wait(self, what: str, is_over: Callable[[], bool] = lambda: False) -> bool:
+    def wait(self, what: str, look: Callable[[], None] = lambda: None) -> bool:
         """Say that `what` happened, and wait.
 
         Args:
             what: a clause, "rank 1 was killed by SIGKILL".
-            is_over: asked once a second: True ends the waiting, and the run.
+            look: called once a second; what it raises ends the waiting.
 
         Returns:
             Whether to start again.
@@ -83,8 +85,7 @@ class Patience:
         logger.warning("%s; starting again %s in %.0f s (%d of %d)", what, place, pause_s, self._failures, tries)
         until_s = time.monotonic() + pause_s
         while (left_s := until_s - time.monotonic()) > 0:
-            if is_over():
-                return False
+            look()
             time.sleep(min(left_s, 1.0))
         return True
 
@@ -125,6 +126,17 @@ class Agent(LocalElasticAgent):
         handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
 
+    def tell_others(self) -> None:
+        """Leave the exit status for the launchers of the other nodes, which end as well."""
+        if self._store is not None:
+            self._store.set(_STATUS_KEY, str(self.last_status))
+
+    def hear_status(self) -> int:
+        """The exit status that another node's launcher left, else this one's last."""
+        if self._store is not None and self._store.check([_STATUS_KEY]):
+            return int(self._store.get(_STATUS_KEY))
+        return self.last_status
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         # Before the agent ends the others, whose statuses then say nothing.
         failed = {rank: status for rank, status in self.exit_statuses().items() if status}
@@ -145,12 +157,17 @@ class Agent(LocalElasticAgent):
         # A crash beside a mistake or a stop: these are what the others made of it.
         rank, self.last_status = min(statuses.items(), key=lambda item: item[1] in FINAL, default=(0, 1))
         if self.last_status in STOPPED and self._is_elastic:
-            logger.warning("another node was asked to stop, and the run has saved; going on with the nodes that are left")
+            logger.warning("another node was asked to stop, and the run has saved; going on with those that are left")
             return True
         if self.last_status in FINAL:
             return False
+
+        def end_with_others() -> None:
+            if worker_group.spec.rdzv_handler.is_closed():
+                raise RendezvousClosedError
+
         what = f"rank {worker_group.workers[rank].global_rank} {in_words(self.last_status)}"
-        return self._patience.wait(what, worker_group.spec.rdzv_handler.is_closed)
+        return self._patience.wait(what, end_with_others)
 
     def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:
         self._shutdown()
