@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -95,9 +96,25 @@ def seed_everything(context: DistributedContext, seed: int) -> None:
     Masks differ between data-parallel ranks, context-parallel ranks and pipeline stages. Tensor-parallel ranks share
     the default generator and differ in Megatron's tracked model-parallel one.
     """
+    _seed_rank(seed, context.dp_rank * context.cp_size + context.cp_rank, context.pp_rank)
+
+
+def seed_from_step(seed: int, step: int) -> None:
+    """`seed_everything` for a run that goes on after `step` without its random states: masks it has not drawn yet."""
+    from megatron.core import parallel_state
+
+    drawn = int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "big")
+    _seed_rank(
+        drawn,
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+
+
+def _seed_rank(seed: int, dp_cp_rank: int, pp_rank: int) -> None:
     from megatron.core import tensor_parallel
 
-    rank_seed = seed + 10_000 * (context.dp_rank * context.cp_size + context.cp_rank) + 100 * context.pp_rank
+    rank_seed = seed + 10_000 * dp_cp_rank + 100 * pp_rank
     torch.manual_seed(rank_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed, force_reset_rng=True)
 

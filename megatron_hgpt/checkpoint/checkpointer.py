@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import logging
-import re
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_hgpt.checkpoint.description import (
-    FORMAT_VERSION,
-    INFO,
-    check_fits,
-    checkpoint_folders,
-    fingerprint,
-    read_info,
-    resolve_folder,
-)
-from megatron_hgpt.checkpoint.differences import changed_settings
+from megatron_hgpt.checkpoint.choice import open_newest
+from megatron_hgpt.checkpoint.description import FORMAT_VERSION, fingerprint
 from megatron_hgpt.checkpoint.frozen_base import base_identity
-from megatron_hgpt.checkpoint.state import (
-    by_parameter,
-    copy_tensors,
-    model_state,
-    optimizer_tensors,
-    restore_rng,
-    rng_object,
-    steps_per_group,
+from megatron_hgpt.checkpoint.publication import (
+    bytes_on_disk,
+    describe,
+    folder_of,
+    give_name,
+    in_megabytes,
+    lacking_room,
+    next_publication,
+    prune,
+    settle_leftovers,
 )
+from megatron_hgpt.checkpoint.random_states import layout, rng_chunks
+from megatron_hgpt.checkpoint.restoring import Restored, restore
+from megatron_hgpt.checkpoint.shards import Shard, sync_folder
+from megatron_hgpt.checkpoint.snapshot import HostCopies, share_of
+from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, optimizer_chunks, optimizer_steps
+from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.config_io import save_config
 from megatron_hgpt.engines.base import TrainingEngine
-from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.parameters import SAVED_GROUPS, parameter_groups
+from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
+from megatron_hgpt.parameters import SAVED_GROUPS
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Restored:
-    """What a resumed run continues from."""
-
-    path: Path
-    step: int
-    """Optimizer steps completed."""
-    loader_state: dict[str, Any]
-    changes: list[str]
-    """What the configuration says now, and said when the checkpoint was written: one text per setting."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,228 +57,213 @@ class SavedCheckpoint:
 class Checkpointer:
     """Saves and restores one run.
 
-    With `checkpoint.async_save`, `save` returns once a forked process holds the tensors; training goes on while it
-    writes, and `published` makes the folder appear under its name when all ranks have written.
+    A save copies what this rank writes into the host's memory, and a thread writes it. With `checkpoint.async_save`
+    training goes on meanwhile, and `published` tells when the folder has its name; otherwise `save` waits for that.
 
     Args:
         config: the run; `checkpoint.directory` (or ``<output_dir>/checkpoints``) is where checkpoints go.
         trained_groups: groups that this stage or an earlier one it started from has trained.
-        is_writer: True on the one process that writes the description and renames.
+        is_writer: True on the one process that describes and names the folders: the first.
     """
 
     def __init__(self, config: RunConfig, *, trained_groups: Sequence[str], is_writer: bool) -> None:
-        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
         self.config = config
         self.directory = Path(config.checkpoint.directory or Path(config.output_dir) / "checkpoints")
         self.trained_groups = sorted(set(trained_groups))
         self.is_writer = is_writer
-        self._queue = AsyncCallsQueue()
+        self._copies = HostCopies()
+        self._under_way: tuple[Save[SavedCheckpoint], Path, float] | None = None
+        """A save, the folder it is to become, and when it began."""
+        self._num_saves = 0
         self._ready: list[SavedCheckpoint] = []
 
     @functools.cached_property
     def _base(self) -> dict[str, str]:
         return base_identity(self.config)
 
+    def prepare(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> None:
+        """See before any training that a checkpoint can be written; every rank must call it.
+
+        Raises:
+            ConfigError: the directory cannot be written to, or its disk has no room for one checkpoint.
+        """
+        with engine.whole_parameters():
+            chunks = self._share(models, engine)
+        size = bytes_on_disk(sum(chunk.num_bytes for chunk in chunks), len(chunks))
+        total = torch.tensor([size], dtype=torch.int64, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(total)
+        problem: list[str | None] = [None]
+        if self.is_writer:
+            try:
+                problem = [lacking_room(self.directory, int(total))]
+            except OSError as error:
+                problem = [reason_of(error)]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise ConfigError(
+                f"checkpoint.directory: no checkpoint can be written to {self.directory} ({problem[0]}); make room "
+                "there, or name another disk"
+            )
+
     def save(
-        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]
+        self,
+        models: Sequence[HealthGPT],
+        engine: TrainingEngine,
+        *,
+        step: int,
+        loader_state: dict[str, Any],
+        is_healthy: bool = True,
     ) -> None:
         """Write ``step_<step>``, or start to; every rank must call it. An earlier save that still writes is awaited.
 
+        Args:
+            models: the bare model parts of this pipeline stage.
+            engine: holds the optimizer's state.
+            step: optimizer steps completed.
+            loader_state: where to go on in the data.
+            is_healthy: whether it counts as one to go back to; the newest healthy one is never removed.
+
         Raises:
-            CheckpointError: a file of this or the earlier save could not be written.
+            CheckpointError: on every rank, where saving is not asynchronous: it could not be written.
         """
-        from megatron.core import dist_checkpointing
-
-        self._finish_writes(wait=True)
+        self._settle(wait=True)
         started_s = time.perf_counter()
-        final = self.directory / f"step_{step:08d}"
-        temporary = final.with_name(final.name + ".tmp")
-        if self.is_writer:
-            self._clear_unfinished()
-            temporary.mkdir(parents=True)
-        torch.distributed.barrier()
-        is_async = self.config.checkpoint.async_save
-        with engine.whole_parameters():
-            tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
-            info = self._describe(step, loader_state, steps_per_group(state))
-            with self._write_errors():
-                request = dist_checkpointing.save(
-                    {"model": tensors, "optimizer": optimizer_tensors(state, tensors), "rng": rng_object()},
-                    str(temporary),
-                    sharded_strategy=_save_strategy(),
-                    async_sharded_save=is_async,
-                )
-            publish = functools.partial(self._publish, temporary, final, info, started_s)
-            if request is not None:
-                request.add_finalize_fn(publish)
-                self._queue.schedule_async_request(request)
-        if not is_async:
-            publish()
+        self._num_saves += 1
+        final = folder_of(self.directory, step)
+        temporary = final.with_name(f"{final.name}.{self._num_saves}.tmp")
+        notes, info = {}, {}
+        chunks: list[Chunk] | str
+        try:
+            with engine.whole_parameters():
+                chunks = self._copies.take(self._share(models, engine))
+            notes = {"optimizer_steps": optimizer_steps(engine.optimizer_state())}
+            info = self._describe(step, loader_state, is_healthy)
+        except (OSError, RuntimeError, MemoryError) as error:
+            chunks = f"no copy could be made ({reason_of(error) or type(error).__name__})"
+        self._tell_of_memory()
+        save = Save(
+            folder=temporary,
+            chunks=chunks,
+            notes=notes,
+            make=functools.partial(self._make, temporary),
+            publish=functools.partial(self._publish, temporary, final, info, started_s),
+            deadline_s=self.config.timeouts.save_s,
+        )
+        save.start()
+        self._under_way = (save, final, started_s)
+        if not self.config.checkpoint.async_save:
+            self._settle(wait=True, must_succeed=True)
 
-    def published(self, *, wait: bool = False) -> list[SavedCheckpoint]:
+    def published(self, *, wait: bool = False, is_final: bool = False) -> list[SavedCheckpoint]:
         """Checkpoints that became complete since the last call; every rank must call it.
+
+        A save that failed, or takes longer than `timeouts.save_s`, is given up with a warning.
 
         Args:
             wait: until nothing is being written any more.
+            is_final: training ends here, and what is not saved now is lost.
 
         Raises:
-            CheckpointError: a file could not be written; every rank raises it.
+            CheckpointError: on every rank, `is_final` and the save is given up.
         """
-        self._finish_writes(wait=wait)
+        self._settle(wait=wait, must_succeed=is_final)
         ready, self._ready = self._ready, []
         return ready
 
-    def _finish_writes(self, *, wait: bool) -> None:
-        with self._write_errors():
-            self._queue.maybe_finalize_async_calls(blocking=wait)
+    def _settle(self, *, wait: bool, must_succeed: bool = False) -> None:
+        """Take note of what became of the save under way, if there is one and it is decided."""
+        if self._under_way is None:
+            return
+        save, final, started_s = self._under_way
+        verdict = save.wait() if wait else save.verdict()
+        if verdict is Verdict.WRITING:
+            return
+        self._under_way = None
+        if verdict is Verdict.PUBLISHED:
+            seconds = time.perf_counter() - started_s
+            self._ready.append(save.published or SavedCheckpoint(path=final, num_bytes=0, save_time_s=seconds))
+            return
+        reason = save.give_up()
+        # Its thread may still read from the copies.
+        self._copies = HostCopies()
+        text = f"cannot write a checkpoint to {self.directory} ({reason}); the newest complete one there is intact. "
+        if must_succeed:
+            told = [text + "Make room or mend the disk, and start again to resume from it"]
+            torch.distributed.broadcast_object_list(told, src=0)
+            raise CheckpointError(told[0])
+        logger.warning("%sTraining goes on; the next save tries anew", text)
 
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        """Megatron's error of a failed write, which is no `Exception`, as one of ours."""
-        from torch.distributed.checkpoint import CheckpointException
+    def _share(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> list[Chunk]:
+        """What this rank writes."""
+        from megatron.core import parallel_state
 
-        try:
-            yield
-        except CheckpointException as error:
-            reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-            reasons = reasons or "the first rank says why"
-            raise CheckpointError(
-                f"cannot write a checkpoint to {self.directory} ({reasons}); the newest complete one there is intact. "
-                "Make room or mend the disk, and start again to resume from it"
-            ) from error
+        tensors = model_state(models, SAVED_GROUPS)
+        held = [*model_chunks(tensors), *optimizer_chunks(engine.optimizer_state(), tensors), *rng_chunks()]
+        return share_of(
+            held,
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        )
 
-    def _describe(self, step: int, loader_state: dict[str, Any], optimizer_steps: dict[str, int]) -> dict[str, Any]:
+    def _tell_of_memory(self) -> None:
+        if self._num_saves == 1 and self.config.checkpoint.async_save:
+            size = in_megabytes(self._copies.num_bytes)
+            logger.info("asynchronous saves: %s of the first rank's host memory hold what it writes", size)
+
+    def _describe(self, step: int, loader_state: dict[str, Any], is_healthy: bool) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "stage": self.config.training.stage,
             "step": step,
+            "is_healthy": is_healthy,
             "trained_groups": self.trained_groups,
-            "optimizer_steps": optimizer_steps,
             "loader": loader_state,
-            "rng_layout": list(rng_object().global_shape),
+            "rng_layout": layout()[0],
             "fingerprint": fingerprint(self.config.model),
             "base": self._base,
         }
 
-    def _publish(self, temporary: Path, final: Path, info: dict[str, Any], started_s: float) -> None:
-        """Describe the folder and give it its name, after all ranks have written."""
-        torch.distributed.barrier()
-        num_bytes = 0
-        if self.is_writer:
-            save_config(self.config, temporary / "resolved_config.yaml")
-            (temporary / INFO).write_text(json.dumps(info, indent=1))
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            num_bytes = sum(file.stat().st_size for file in final.iterdir())
-            keep = self.config.checkpoint.keep_last
-            for old in checkpoint_folders(self.directory)[:-keep] if keep > 0 else []:
-                shutil.rmtree(old)
-        torch.distributed.barrier()
+    def _make(self, temporary: Path) -> None:
+        """The first rank's thread: an empty folder."""
+        settle_leftovers(self.directory)
+        temporary.mkdir(parents=True)
+        sync_folder(self.directory)
+
+    def _publish(
+        self,
+        temporary: Path,
+        final: Path,
+        info: dict[str, Any],
+        started_s: float,
+        shards: list[Shard],
+        notes: list[dict[str, Any]],
+    ) -> SavedCheckpoint:
+        """The first rank's thread: describe the folder and give it its name, after all ranks have written."""
+        steps: dict[str, int] = {}
+        for name, count in (item for note in notes for item in note["optimizer_steps"].items()):
+            steps[name] = max(steps.get(name, 0), count)
+        number = next_publication(self.directory)
+        info = {**info, "optimizer_steps": steps}
+        num_bytes = describe(temporary, info, self.config, shards, publication=number)
+        give_name(temporary, final)
+        prune(self.directory, self.config.checkpoint.keep_last)
         seconds = time.perf_counter() - started_s
-        self._ready.append(SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds))
+        return SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds)
 
-    def _clear_unfinished(self) -> None:
-        """Remove what a killed run left half written."""
-        for path in self.directory.glob("step_*.tmp") if self.directory.is_dir() else ():
-            if re.fullmatch(r"step_\d{8}\.tmp", path.name):
-                logger.warning("removing %s, which an interrupted save left unfinished", path)
-                shutil.rmtree(path)
+    def restore_latest(
+        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, healthy_only: bool = False
+    ) -> Restored | None:
+        """Load the newest whole checkpoint of this run in place; None when there is none. Every rank must call it.
 
-    def restore_latest(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> Restored | None:
-        """Load the newest complete checkpoint of this run in place; None when there is none.
+        Args:
+            models: the bare model parts of this pipeline stage.
+            engine: holds the optimizer's state.
+            healthy_only: leave out checkpoints that were saved after an anomaly.
 
         Raises:
-            CheckpointError: it belongs to another model, base or stage.
+            CheckpointError: it belongs to another model, base or stage, or all checkpoints are damaged.
         """
-        folders = checkpoint_folders(self.directory)
-        if not folders:
-            return None
-        folder = folders[-1]
-        info = read_info(folder)
-        check_fits(self.config, self._base, folder, info)
-        if info["stage"] != self.config.training.stage:
-            raise CheckpointError(
-                f"{folder} is of {info['stage']}, this run trains {self.config.training.stage}: give each stage its "
-                "output_dir and name the earlier stage's checkpoint in checkpoint.init_from"
-            )
-        rng = rng_object()
-        same_layout = list(rng.global_shape) == info["rng_layout"]
-        if not same_layout:
-            before, now = _layout(info["rng_layout"]), _layout(rng.global_shape)
-            logger.warning("%s was saved at %s and goes on at %s: dropout draws anew", folder, before, now)
-        with engine.whole_parameters(writable=True):
-            tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
-            request: dict[str, Any] = {"model": tensors, "optimizer": optimizer_tensors(state, tensors)}
-            loaded = _load({**request, "rng": rng} if same_layout else request, folder)
-            copy_tensors(models, loaded["model"])
-            state.scatter(by_parameter(loaded["optimizer"]))
-        for group in state.groups:
-            group["step"] = info["optimizer_steps"][group["group"]]
-        if same_layout:
-            restore_rng(loaded["rng"])
-        changes = changed_settings(folder, self.config)
-        return Restored(path=folder, step=info["step"], loader_state=info["loader"], changes=changes)
-
-
-def _layout(sizes: Sequence[int]) -> str:
-    """The sizes of `rng_object` by name."""
-    pipeline, tensor, data = sizes
-    return f"pipeline {pipeline} x tensor {tensor} x data and context {data}"
-
-
-def _save_strategy() -> Any:
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    # One writer per rank: adapter checkpoints are small, and each writer is a process to start.
-    return TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-
-
-def _load(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load what `request` describes, after comparing its set of tensors with the folder's.
-
-    Raises:
-        CheckpointError: tensors are missing.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    present = dist_checkpointing.load_tensors_metadata(str(folder))
-    wanted = {value.key for value in nested_values(request) if isinstance(value, ShardedTensor)}
-    missing = sorted(wanted - set(present))
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, e.g. {missing[:3]}")
-    with torch.no_grad():
-        return dist_checkpointing.load(request, str(folder))
-
-
-def load_weights(models: Sequence[HealthGPT], config: RunConfig, folders: Sequence[str]) -> list[str]:
-    """Load the weights that earlier stages trained, in order, into a model that is not yet wrapped.
-
-    Of each folder only the groups it (or a stage before it) trained are taken, so that stage-1 comprehension and
-    stage-1 generation, trained apart, add up.
-
-    Args:
-        models: the bare model parts of this pipeline stage.
-        config: the run.
-        folders: checkpoint folders, or run folders whose newest checkpoint is meant.
-
-    Returns:
-        The groups trained so far.
-
-    Raises:
-        CheckpointError: a folder that is no checkpoint, or of another model or base.
-    """
-    trained: set[str] = set()
-    base = base_identity(config) if folders else {}
-    for name in folders:
-        folder = resolve_folder(Path(name))
-        info = read_info(folder)
-        check_fits(config, base, folder, info)
-        groups = parameter_groups(info["trained_groups"])
-        copy_tensors(models, _load({"model": model_state(models, sorted(groups))}, folder)["model"])
-        trained |= set(info["trained_groups"])
-        logger.info("loaded %s (%s, step %d): %s", folder, info["stage"], info["step"], ", ".join(sorted(groups)))
-    return sorted(trained)
+        if self.is_writer:
+            settle_leftovers(self.directory)
+        opened = open_newest(self.directory, healthy_only=healthy_only)
+        return None if opened is None else restore(opened, self.config, self._base, models, engine)

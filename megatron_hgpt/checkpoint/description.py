@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.backbone.shape import FAMILIES, read_backbone
+from megatron_hgpt.checkpoint.metadata_file import METADATA
 from megatron_hgpt.config import ModelConfig, RunConfig
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.files import read_json
+from megatron_hgpt.parameters import SAVED_GROUPS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INFO = "healthgpt.json"
+MAX_INFO_BYTES = 64 * 2**20
+"""Far above what the files of thousands of ranks take."""
 
 
 def fingerprint(model: ModelConfig) -> dict[str, Any]:
@@ -54,33 +59,119 @@ def _shape_of_version_1(sizes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def seal(info: dict[str, Any]) -> dict[str, Any]:
+    """A description as JSON will give it back, with the ``digest`` of everything else in it."""
+    content = json.loads(json.dumps({key: value for key, value in info.items() if key != "digest"}))
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_seal(info: dict[str, Any], path: Path) -> None:
+    """Compare the digest in a description with its content.
+
+    Args:
+        info: what `path` holds.
+        path: for the message.
+
+    Raises:
+        CheckpointError: something was changed after it was sealed, or nothing was.
+    """
+    if info.get("digest") != seal(info)["digest"]:
+        raise CheckpointError(f"{path} is damaged: its digest is not that of its content; use another checkpoint")
+
+
 def checkpoint_folders(directory: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step_\d{8}", path.name))
+    return sorted(path for path in directory.iterdir() if _STEP_FOLDER.fullmatch(path.name))
+
+
+_STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The description beside the tensors; one of version 1 in the words of the present one.
+    """The description beside the tensors, checked; one of an earlier version in the words of the present one.
+
+    Versions 1 and 2 have no checksums: ``files`` is empty then, and ``digest`` is that of the text.
 
     Raises:
-        CheckpointError: the folder is no checkpoint of this package, or of another format than 1 and the present one.
+        CheckpointError: the folder is no checkpoint of this package, is damaged, or of another format than 1 to the
+            present one.
     """
     path = folder / INFO
     if not path.is_file():
         hint = "; it is an unfinished write" if folder.name.endswith(".tmp") else ""
         raise CheckpointError(f"{folder} is not a checkpoint of this package ({INFO} is missing{hint})")
-    info = read_json(path, CheckpointError)
+    if (size := path.stat().st_size) > MAX_INFO_BYTES:
+        raise CheckpointError(f"{path} is refused: {size} bytes; use another checkpoint")
+    try:
+        info = read_json(path, CheckpointError)
+    except RecursionError as error:
+        raise CheckpointError(f"cannot read {path}: it nests too deeply; use another checkpoint") from error
     version = info.get("format_version")
-    if version == 1:
-        info["fingerprint"]["backbone"] = _shape_of_version_1(info["fingerprint"]["backbone"])
-    elif version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version!r} is not one that this version reads (1 to {FORMAT_VERSION}); use the "
             "version of the package that wrote it, or train again"
         )
+    if version < 3:
+        info = {**seal(info), "files": {}, "is_healthy": True}
+    else:
+        check_seal(info, path)
+    if problem := next(_problems(folder, info), None):
+        raise CheckpointError(f"{path} is damaged: {problem}; use another checkpoint")
+    if version == 1:
+        info["fingerprint"]["backbone"] = _shape_of_version_1(info["fingerprint"]["backbone"])
     return info
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_mapping_to(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_value, value.values()))
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "stage": (lambda value: isinstance(value, str), "a text"),
+    "step": (_is_count, "a number of steps"),
+    "is_healthy": (lambda value: isinstance(value, bool), "true or false"),
+    "trained_groups": (
+        lambda value: isinstance(value, list) and {*map(str, value)} <= {*SAVED_GROUPS, "new_rows"},
+        "a list of groups of parameters",
+    ),
+    "optimizer_steps": (_is_mapping_to(_is_count), "a mapping to numbers of steps"),
+    "loader": (lambda value: isinstance(value, dict) and _is_count(value.get("step")), "a mapping with a step"),
+    "rng_layout": (
+        lambda value: isinstance(value, list) and len(value) == 3 and all(_is_count(size) and size for size in value),
+        "a list of three sizes",
+    ),
+    "fingerprint": (_is_mapping_to(lambda value: isinstance(value, dict)), "a mapping to mappings"),
+    "base": (_is_mapping_to(lambda value: isinstance(value, str)), "a mapping to texts"),
+    "files": (_is_mapping_to(_is_file), "a mapping to bytes and sha256"),
+}
+"""Field -> what it must be, as a test and in words."""
+
+
+def _problems(folder: Path, info: dict[str, Any]) -> Iterator[str]:
+    for name, (is_right, words) in _FIELDS.items():
+        if name not in info:
+            yield f"it has no {name}"
+        elif not is_right(info[name]):
+            yield f"{name} is {str(info[name])[:60]}, not {words}"
+    if (match := _STEP_FOLDER.fullmatch(folder.name)) and int(match[1]) != info["step"]:
+        yield f"it is of step {info['step']}, in a folder of step {int(match[1])}"
+    for name in info["files"]:
+        if name in (".", "..") or "/" in name or "\0" in name:
+            yield f"{name!r} is no file of the folder"
+    if info["format_version"] > 2 and (missing := {METADATA, "resolved_config.yaml"} - info["files"].keys()):
+        yield f"files does not list {sorted(missing)[0]}"
 
 
 def _differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -120,16 +211,15 @@ def check_fits(config: RunConfig, base: dict[str, str], folder: Path, info: dict
         )
 
 
-def resolve_folder(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest one of a run folder or its ``checkpoints``.
+def folders_of(path: Path) -> list[Path]:
+    """A checkpoint folder itself, or the checkpoints of a run folder or of its ``checkpoints``, newest first.
 
     Raises:
         CheckpointError: there is none.
     """
     if (path / INFO).is_file() or path.name.startswith("step_"):
-        return path
+        return [path]
     for directory in (path, path / "checkpoints"):
-        folders = checkpoint_folders(directory)
-        if folders:
-            return folders[-1]
+        if folders := checkpoint_folders(directory):
+            return folders[::-1]
     raise CheckpointError(f"{path} holds no complete checkpoint (step_* folder); train the earlier stage first")

@@ -6,8 +6,9 @@ divided by their number; its norm is taken before clipping; parameter groups mar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,18 +21,38 @@ MAIN = "main"
 """The fp32 copy of a bf16 parameter, which training continues from."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatePart:
+    """What one rank holds of one tensor of the optimizer's state: a range of the flattened parameter."""
+
+    start: int
+    """First element, counted in this rank's parameter, flattened."""
+    tensor: torch.Tensor
+    """[n], the elements from `start` on; what is written into it counts in the next step."""
+
+
 class OptimizerState(Protocol):
-    """AdamW's state as whole tensors by parameter name: one form for every engine, so that each resumes the other's."""
+    """AdamW's state by parameter name, as far as this rank holds it: one form for every engine.
+
+    A checkpoint is written from the ranges that ranks hold and read into them, so that no rank ever has more.
+    """
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups, which hold the name (``group``) and the step count (``step``)."""
 
-    def gather(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameter name -> exp_avg, exp_avg_sq, and main of a bf16 parameter; every rank must call it."""
+    @property
+    def is_split(self) -> bool:
+        """Whether data-parallel ranks hold different ranges (ZeRO); otherwise each holds all, alike."""
 
-    def scatter(self, whole: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Copy whole tensors into what this rank holds of them; the model's own tensors are restored before."""
+    def parts(self) -> dict[str, dict[str, StatePart]]:
+        """Parameter name -> exp_avg, exp_avg_sq, and main of a bf16 parameter -> what this rank holds.
+
+        A parameter of which other ranks hold everything has no slots.
+        """
+
+    def restored(self) -> None:
+        """Told once parameters and `parts` are read from a checkpoint: renew what was copied from them."""
 
 
 class TrainingEngine(Protocol):

@@ -22,7 +22,7 @@ import torch
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.distributed import DistributedContext
-from megatron_hgpt.engines.base import MAIN, MOMENTS, OptimizerState
+from megatron_hgpt.engines.base import MAIN, MOMENTS, OptimizerState, StatePart
 from megatron_hgpt.engines.deepspeed_settings import deepspeed_json
 from megatron_hgpt.errors import ConfigError, HealthGPTError
 from megatron_hgpt.forward_step import LossReport, forward_step
@@ -181,27 +181,42 @@ class DeepSpeedOptimizerState:
         """See `OptimizerState.groups`."""
         return self._optimizer.param_groups
 
-    def gather(self) -> dict[str, dict[str, torch.Tensor]]:
-        """See `OptimizerState.gather`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    is_split = True
+    """See `OptimizerState.is_split`."""
 
-        result = {}
+    def parts(self) -> dict[str, dict[str, StatePart]]:
+        """See `OptimizerState.parts`."""
+        result: dict[str, dict[str, StatePart]] = {}
         for name, parameter in self._trained.items():
-            result[name] = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in MOMENTS}
-            if parameter.dtype != torch.float32:
-                result[name][MAIN] = safe_get_full_fp32_param(parameter)
+            slots = (*MOMENTS, *([MAIN] if parameter.dtype != torch.float32 else []))
+            parts = {slot: self._part(parameter, slot) for slot in slots}
+            result[name] = {slot: part for slot, part in parts.items() if part is not None}
         return result
 
     @torch.no_grad()
-    def scatter(self, whole: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """See `OptimizerState.scatter`."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def restored(self) -> None:
+        """See `OptimizerState.restored`: ZeRO steps from its own fp32 shards at every precision."""
+        for parameter in self._trained.values():
+            part = self._part(parameter, MAIN) if parameter.dtype == torch.float32 else None
+            if part is not None:
+                part.tensor.copy_(parameter.data.view(-1)[part.start : part.start + part.tensor.numel()])
 
-        for name, parameter in self._trained.items():
-            for slot in MOMENTS:
-                safe_set_full_optimizer_state(parameter, whole[name][slot], slot)
-            # ZeRO steps from its own fp32 shards at every precision.
-            safe_set_full_fp32_param(parameter, whole[name].get(MAIN, parameter.data))
+    def _part(self, parameter: Any, slot: str) -> StatePart | None:
+        """This rank's range of a slot, as a view; None where other ranks hold all of it."""
+        key = None if slot == MAIN else slot
+        if hasattr(parameter, "ds_id"):  # stage 3: equal ranges, the last ones padded
+            start = parameter.partition_numel() * parameter.ds_zero_partition_rank
+            count = min(parameter.partition_numel(), parameter.ds_numel - start)
+            if count <= 0:
+                return None
+            held, _ = self._optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+            return StatePart(start=start, tensor=held[:count])
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        return StatePart(start=mapping.lp_fragment_address.start, tensor=mapping.get_hp_fragment(key))
 
 
 def _initialize(model: HealthGPT, adam: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
-"""AdamW's state of each trained parameter as whole tensors: one form for every engine of Megatron's optimizer.
+"""Where Megatron's optimizers keep AdamW's state of each trained parameter.
 
 Megatron keeps the moments beside the parameter (fp32), beside an fp32 copy of it (bf16), or as flat slices spread over
-the data-parallel ranks (distributed optimizer). A checkpoint holds none of these but whole tensors by parameter name,
-so that any layout resumes any other's. Sizes are those of the trained parameters, a few percent of the model.
+the data-parallel ranks (distributed optimizer). A checkpoint says of each range to which tensor it belongs and where in
+it, by parameter name, so that any layout resumes any other's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.engines.base import MAIN, MOMENTS
+from megatron_hgpt.engines.base import MAIN, MOMENTS, StatePart
 from megatron_hgpt.errors import HealthGPTError
 
 
@@ -41,39 +41,24 @@ class MegatronOptimizerState:
         """The parameter groups, which hold name and step count."""
         return [] if self._inner is None else self._inner.optimizer.param_groups
 
-    @torch.no_grad()
-    def gather(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameter name -> exp_avg, exp_avg_sq, and main of a bf16 parameter; shaped like the parameter.
-
-        With the distributed optimizer every data-parallel rank must call it.
-        """
-        return {
-            name: {slot: self._whole(p, slot) for slot in (*MOMENTS, *([MAIN] if p.dtype != torch.float32 else []))}
-            for name, p in self._trained.items()
-        }
+    @property
+    def is_split(self) -> bool:
+        """See `OptimizerState.is_split`."""
+        return self._is_distributed
 
     @torch.no_grad()
-    def scatter(self, whole: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Copy whole tensors into what this rank holds of them."""
-        for name, parameter in self._trained.items():
-            held = self._held(parameter)
-            for slot, source in whole[name].items() if held else ():
-                if self._is_distributed:
-                    source = source.reshape(-1)[self._range(parameter)]
-                held[slot].copy_(source.view_as(held[slot]))
+    def parts(self) -> dict[str, dict[str, StatePart]]:
+        """See `OptimizerState.parts`."""
+        return {name: self._parts_of(p) for name, p in self._trained.items()}
 
-    def _whole(self, parameter: torch.nn.Parameter, slot: str) -> torch.Tensor:
+    def restored(self) -> None:
+        """See `OptimizerState.restored`: fp32 parameters are stepped in place, the copies of others were read."""
+
+    def _parts_of(self, parameter: torch.nn.Parameter) -> dict[str, StatePart]:
         held = self._held(parameter)
-        if not self._is_distributed:
-            return held[slot]
-        from megatron.core import parallel_state
-
-        flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if held:
-            flat[self._range(parameter)] = held[slot].view(-1).to(flat.device)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(flat, group=group)
-        return flat.view_as(parameter)
+        start = self._start(parameter) if held and self._is_distributed else 0
+        slots = (*MOMENTS, *([MAIN] if parameter.dtype != torch.float32 else []))
+        return {slot: StatePart(start=start, tensor=held[slot].view(-1)) for slot in slots if held}
 
     def _held(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """Slot -> tensor of this rank; empty where other data-parallel ranks hold all of it."""
@@ -89,7 +74,6 @@ class MegatronOptimizerState:
         state = self._inner.optimizer.state[main]
         return {**{slot: state[slot] for slot in MOMENTS}, MAIN: main.data}
 
-    def _range(self, parameter: torch.nn.Parameter) -> slice:
+    def _start(self, parameter: torch.nn.Parameter) -> int:
         assert self._inner is not None
-        span = self._inner._get_model_param_range_map(parameter)["param"]
-        return slice(span.start, span.end)
+        return int(self._inner._get_model_param_range_map(parameter)["param"].start)

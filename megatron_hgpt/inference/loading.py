@@ -42,7 +42,7 @@ class LoadedRun:
 
 
 def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
-    """Load the newest checkpoint of a run (or a given checkpoint folder) at any tensor-parallel size.
+    """Load the newest whole checkpoint of a run (or a given checkpoint folder) at any tensor-parallel size.
 
     The layout that the run was trained with does not count: one process holds the model, or
     `parallel.tensor_model_parallel_size` of them where the overrides say so. Others are data-parallel replicas.
@@ -58,15 +58,18 @@ def load_run(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedRun:
 
     cpu_platform.install_if_needed()
     from megatron_hgpt.build import build_model
-    from megatron_hgpt.checkpoint import load_weights, resolve_folder
+    from megatron_hgpt.checkpoint import load_opened, open_checkpoint
     from megatron_hgpt.text.tokenizer import TextTokenizer
 
-    folder = resolve_folder(Path(run))
-    config = load_resolved(folder / "resolved_config.yaml", overrides)
-    config.parallel = layout_of_overrides(overrides)
-    context = distributed.initialize(config.parallel, config.training.seed)
+    # The processes choose the checkpoint together, and so before its configuration, with the seed, is known.
+    layout = layout_of_overrides(overrides)
+    context = distributed.initialize(layout, RunConfig().training.seed)
+    opened = open_checkpoint(Path(run))
+    config = load_resolved(opened.folder / "resolved_config.yaml", overrides)
+    config.parallel = layout
+    distributed.seed_everything(context, config.training.seed)
     model = build_model(config, context.device)
-    load_weights([model], config, [str(folder)])
+    load_opened([model], config, [opened])
     tokenizer = TextTokenizer.load(str(config.model.tokenizer or config.model.backbone))
     generator = Generator.of(model, tokenizer, config)
     return LoadedRun(config=config, context=context, generator=generator)

@@ -87,12 +87,12 @@ def steps(trainer: Any, count: int) -> list[float]:
 
 
 def whole(trainer: Any) -> dict[str, torch.Tensor]:
-    """Every tensor that training may change: weights, and AdamW's state."""
+    """Every tensor that training may change: weights, and what this rank holds of AdamW's state."""
     trained = {name: p for name, p in trainer.models[0].named_parameters() if p.requires_grad}
     with trainer.engine.whole_parameters():
         result = {name: p.detach().clone() for name, p in trained.items()}
-        for name, slots in trainer.engine.optimizer_state().gather().items():
-            result.update({f"{name}/{slot}": tensor.detach().clone() for slot, tensor in slots.items()})
+        for name, slots in trainer.engine.optimizer_state().parts().items():
+            result.update({f"{name}/{slot}": part.tensor.detach().clone() for slot, part in slots.items()})
     return result
 
 
