@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.drills.processes import TimeIsUp, wait_for
+from tests.drills.processes import TimeIsUpError, wait_for
 from tests.drills.sequence import END_S, START_S, Drill, Try, last_line
 
 
@@ -144,8 +144,7 @@ class Damage(KillAll):
     spoiled = 0
 
     def wait(self) -> None:
-        enough = 2 * 10 + 1
-        wait_for(lambda: self.run.is_over() or (self.run.step() or 0) > enough and len(self.run.saved_steps()) > 1, START_S, "second checkpoint")
+        wait_for(lambda: self.run.is_over() or len(self.run.saved_steps()) > 1, START_S, "second checkpoint")
         self.wait_for_steps(self.rng.randint(11, 20))
 
     def strike(self, attempt: Try) -> None:
@@ -205,7 +204,7 @@ class Pickle(Damage):
         """A start that refuses the folder is as good as one that leaves it out: the operator removes it."""
         try:
             super().start_again(attempt)
-        except TimeIsUp:
+        except TimeIsUpError:
             attempt.notes.append(f"refused: {last_line(self.run.text())}")
             if self.flag.exists():
                 raise

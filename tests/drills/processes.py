@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -34,9 +35,7 @@ class Layout:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout(
-            name="tp2", overrides=("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
-        ),
+        Layout(name="tp2", overrides=("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")),
         Layout(name="pp2", overrides=("parallel.pipeline_model_parallel_size=2",)),
         Layout(name="dp2", overrides=("parallel.use_distributed_optimizer=true",)),
         Layout(name="cp2", overrides=("parallel.context_parallel_size=2",)),
@@ -78,7 +77,7 @@ def marked_processes(mark: str) -> list[Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-class TimeIsUp(AssertionError):
+class TimeIsUpError(AssertionError):
     """What was waited for did not come."""
 
 
@@ -86,12 +85,12 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str, pause_s
     """Seconds until `condition` was true.
 
     Raises:
-        TimeIsUp: it was not, in that time.
+        TimeIsUpError: it was not, in that time.
     """
     started = time.monotonic()
     while not condition():
         if time.monotonic() - started > seconds:
-            raise TimeIsUp(f"no {what} within {seconds:g} s")
+            raise TimeIsUpError(f"no {what} within {seconds:g} s")
         time.sleep(pause_s)
     return time.monotonic() - started
 
@@ -124,11 +123,15 @@ class Run:
             "TMPDIR": str(self.folder / "tmp"), "NPROC_PER_NODE": "2",
         }  # fmt: skip
 
-    def start(self, *extra: str) -> None:
+    def start(self) -> None:
         """Start it, or start it again, with a log of its own."""
+        self.next_log()
+        self.launchers = [self.launch([*self.command(), *self.arguments], self.environment_of_way())]
+
+    def next_log(self) -> None:
+        """Each start has its own."""
         self.log = self.folder / "logs" / f"{len(list((self.folder / 'logs').iterdir())):03d}.log"
         self._log_start = 0
-        self.launchers = [self.launch([*self.command(), *self.arguments, *extra], self.environment_of_way())]
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with open(self.log, "ab") as log:
@@ -226,17 +229,13 @@ class Run:
 
     def signal(self, signum: int, pids: Sequence[int]) -> None:
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
-            except ProcessLookupError:
-                continue
 
     def remaining(self, seconds: float) -> list[Process]:
         """Processes that are still there after so long."""
-        try:
+        with contextlib.suppress(TimeIsUpError):
             wait_for(lambda: not self.processes(), seconds, "end", pause_s=0.1)
-        except TimeIsUp:
-            pass
         return self.processes()
 
     def end(self) -> None:
@@ -260,7 +259,8 @@ def write_slurm(folder: Path) -> Path:
         "join() { wait $1; s=$?; while kill -0 $1 2>/dev/null; do wait $1; s=$?; done; return $s; }\n"
         "join $first; a=$?; join $second; b=$?; exit $((a > b ? a : b))\n"
     )
-    scontrol = f'#!/bin/sh\n[ "$1" = requeue ] && echo "$*" >>{folder}/requeued\n[ "$1" = show ] && printf "127.0.0.2\\nx\\n"\n'
+    requeue = f'[ "$1" = requeue ] && echo "$*" >>{folder}/requeued\n'
+    scontrol = f'#!/bin/sh\n{requeue}[ "$1" = show ] && printf "127.0.0.2\\nx\\n"\n'
     for name, text in (("srun", srun), ("scontrol", scontrol)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)

@@ -1,8 +1,8 @@
 """The drill suite: runs that are killed, stopped and damaged at random moments, and one table of what became of them.
 
-    python -m tests.drills.run                              everything: about an hour on 2 cores
-    python -m tests.drills.run --kinds SIGKILL --seed 3     100 kills over all layouts (25 minutes)
-    python -m tests.drills.run --kinds "flipped bit" --layouts tp2 --tries 2
+python -m tests.drills.run                              everything: about an hour on 2 cores
+python -m tests.drills.run --kinds SIGKILL --seed 3     100 kills over all layouts (25 minutes)
+python -m tests.drills.run --kinds "flipped bit" --layouts tp2 --tries 2
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 
 from tests.drills.kinds import KINDS, DiskFull, can_mount
+from tests.drills.nodes import LostNode, ShrunkRun, can_make_namespaces, unfit
 from tests.drills.processes import LAYOUTS
 from tests.drills.sequence import World
 from tests.drills.table import failures, table
 
+ALL = {**KINDS, LostNode.name: LostNode, ShrunkRun.name: ShrunkRun}
 SAVES = ("sync", "async")
 STRIKES_PER_RUN = 4
 
@@ -30,7 +32,9 @@ STRIKES_PER_RUN = 4
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"names or beginnings of {list(KINDS)}")
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(ALL), metavar="KIND", help=f"names or beginnings of {list(ALL)}"
+    )
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--saves", nargs="+", default=list(SAVES), choices=SAVES, help="how checkpoints are written")
     parser.add_argument("--tries", type=int, help="of each kind, over all layouts; default: each kind's own")
@@ -47,19 +51,28 @@ def main() -> int:
         return play(given, given.folder or Path(temporary))
 
 
+def say(text: str) -> None:
+    """A line at once, also into a pipe."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def play(given: argparse.Namespace, folder: Path) -> int:
-    kinds = [kind for name, kind in KINDS.items() if any(name.startswith(start) for start in given.kinds)]
+    kinds = [kind for name, kind in ALL.items() if any(name.startswith(start) for start in given.kinds)]
     layouts = [LAYOUTS[name] for name in given.layouts]
     if importlib.util.find_spec("deepspeed") is None and LAYOUTS["deepspeed"] in layouts:
-        print("deepspeed is not installed: its layout is left out", file=sys.stderr)
+        say("deepspeed is not installed: its layout is left out")
         layouts.remove(LAYOUTS["deepspeed"])
     if DiskFull in kinds and not can_mount(folder / "mount"):
-        print("a tmpfs cannot be mounted here: the full disk is left out", file=sys.stderr)
+        say("a tmpfs cannot be mounted here: the full disk is left out")
         kinds.remove(DiskFull)
+    if (nodes := [kind for kind in kinds if issubclass(kind, LostNode)]) and not can_make_namespaces():
+        say("network namespaces cannot be made here: the lost node is left out")
+        kinds = [kind for kind in kinds if kind not in nodes]
     world, tries, started = World(folder), [], time.monotonic()
     for kind in kinds:
         wanted = kind.tries if given.tries is None else given.tries
-        cells = list(itertools.product(layouts, given.saves))
+        cells = [cell for cell in itertools.product(layouts, given.saves) if not unfit(cell[0].name, kind)]
         random.Random(f"{given.seed} {kind.name}").shuffle(cells)
         # A run is struck several times: a start is most of a try's time.
         counts = [wanted // len(cells) + (number < wanted % len(cells)) for number in range(len(cells))]
@@ -71,7 +84,7 @@ def play(given: argparse.Namespace, folder: Path) -> int:
                 done += max(len(new), 1)
                 tries += new
                 for attempt in new:
-                    print(f"{time.monotonic() - started:6.0f} s  {dataclasses.asdict(attempt)}", flush=True)
+                    say(f"{time.monotonic() - started:6.0f} s  {dataclasses.asdict(attempt)}")
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "tries.jsonl").write_text("".join(json.dumps(dataclasses.asdict(a)) + "\n" for a in tries))
     text = f"{table(tries, lambda a: (a.kind, 'all'))}\n\n{table(tries, lambda a: (a.layout, a.save))}\n"
@@ -79,7 +92,7 @@ def play(given: argparse.Namespace, folder: Path) -> int:
     text += "".join(f"\n* {line}" for line in bad) or "\nNothing was lost."
     text += f"\n\nseed {given.seed}, {len(tries)} tries in {time.monotonic() - started:.0f} s"
     (given.output / "table.md").write_text(text + "\n")
-    print(text)
+    say(text)
     return 1 if bad else 0
 
 

@@ -1,4 +1,4 @@
-"""A drill: one run that is struck several times, goes on each time, and is compared at its end with one that was not."""
+"""A drill: one run that is struck several times, goes on each time, and ends as one does that is left alone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.drills.assets import write_assets
-from tests.drills.processes import RESUMED, STEP, Layout, Run, TimeIsUp, wait_for
+from tests.drills.processes import RESUMED, STEP, Layout, Run, TimeIsUpError, wait_for
 from tests.drills.weights import digest
 
-NUM_STEPS, SAVE_EVERY = 150, 10
+SAVE_EVERY = 10
 START_S, END_S, ORPHAN_S = 120.0, 60.0, 5.0
 """Seconds at most from a start to its first step, from a signal to the end, and from a death to that of all others."""
 QUICK = ("launch.restart_backoff_s=0.2",)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Try:
     """What became of one strike."""
 
@@ -48,7 +48,7 @@ class Try:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Reference:
     """A run that nothing happens to."""
 
@@ -60,10 +60,15 @@ class Reference:
 
 
 class World:
-    """The folder that drills work in, the data they train on, and the uninterrupted run of each layout."""
+    """The folder that drills work in, the data they train on, and the uninterrupted run of each layout.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: made.
+        num_steps: of every run; four strikes, each within 25 steps of a start, need 150.
+    """
+
+    def __init__(self, folder: Path, num_steps: int = 150) -> None:
+        self.folder, self.num_steps = folder, num_steps
         self.config = write_assets(folder / "assets")
         self._references: dict[str, Reference] = {}
         self._number = 0
@@ -72,7 +77,7 @@ class World:
         self._number += 1
         folder = self.folder / f"{self._number:03d}_{layout.name}"
         shutil.rmtree(folder, ignore_errors=True)
-        steps = (f"training.num_steps={NUM_STEPS}", f"checkpoint.save_interval_steps={SAVE_EVERY}")
+        steps = (f"training.num_steps={self.num_steps}", f"checkpoint.save_interval_steps={SAVE_EVERY}")
         return kind(folder, self.config, [*steps, *QUICK, *layout.overrides, *overrides], way)
 
     def reference(self, layout: Layout) -> Reference:
@@ -89,7 +94,7 @@ class World:
             finally:
                 run.end()
             self._references[layout.name] = Reference(
-                digest=digest(run.newest()), step_s=(time.monotonic() - first) / NUM_STEPS, start_s=first - started
+                digest=digest(run.newest()), step_s=(time.monotonic() - first) / self.num_steps, start_s=first - started
             )
         return self._references[layout.name]
 
@@ -168,7 +173,7 @@ class Drill:
                 attempts.append(Try(kind=self.name, layout=self.layout.name, save=self.save))
                 self._strike(attempts[-1])
             self._finish(attempts)
-        except TimeIsUp as error:
+        except TimeIsUpError as error:
             for attempt in attempts[-1:]:
                 attempt.survived = False
                 attempt.notes.append(str(error))
@@ -184,7 +189,7 @@ class Drill:
         run.forget()
         self.strike(attempt)
         self._until_over_or_begun(attempt)
-        last = _last_step(before, run.text())
+        last = last_step(before, run.text())
         if run.is_over():
             attempt.status = run.status()
             self._clear(attempt)
@@ -203,7 +208,7 @@ class Drill:
     def _until_over_or_begun(self, attempt: Try) -> None:
         try:
             wait_for(lambda: self.run.is_over() or self.run.begun_at() is not None, END_S, "end of the launcher")
-        except TimeIsUp:
+        except TimeIsUpError:
             attempt.notes.append(f"neither over nor training again after {END_S:g} s: ended by the drill")
             self.run.end()
 
@@ -215,14 +220,14 @@ class Drill:
         self.run.start()
         wait_for(lambda: self.run.begun_at() is not None or self.run.is_over(), START_S, "training again")
         if self.run.begun_at() is None:
-            raise TimeIsUp(f"start after the strike ended with {self.run.status()}: {last_line(self.run.text())}")
+            raise TimeIsUpError(f"start after the strike ended with {self.run.status()}: {last_line(self.run.text())}")
 
     def _finish(self, attempts: Sequence[Try]) -> None:
         run = self.run
         wait_for(run.is_over, START_S, "end of the run")
         left, status = run.remaining(ORPHAN_S), run.status()
         if status != 0:
-            raise TimeIsUp(f"the run ended with {status}: {last_line(run.text())}")
+            raise TimeIsUpError(f"the run ended with {status}: {last_line(run.text())}")
         is_equal = digest(run.newest()) == self.reference.digest if self.ends_equal else None
         for attempt in attempts:
             attempt.is_equal = is_equal
@@ -231,7 +236,7 @@ class Drill:
             attempt.leftovers = run.leftovers()
 
 
-def _last_step(before: str, late: str) -> int | None:
+def last_step(before: str, late: str) -> int | None:
     """The last step of the attempt that was struck: its log until the strike, and the lines that came late."""
     steps = [int(step) for step in STEP.findall(RESUMED.split(before)[-1])]
     for step in STEP.findall(RESUMED.split(late)[0]):
@@ -244,4 +249,3 @@ def last_line(text: str) -> str:
     """Of a log, for a note."""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "(silent)"
-
