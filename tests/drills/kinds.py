@@ -167,7 +167,7 @@ class Damage(KillAll):
         attempt.survived = begun < self.spoiled or self.spoiled == 0
         if not attempt.survived:
             attempt.notes.append("trained on")
-        elif str(self.spoiled) not in self.run.text().split("resumed from")[0]:
+        elif f"step_{self.spoiled:08d}" not in self.run.text().split("resumed from")[0]:
             attempt.survived = False
             attempt.notes.append("fell back silently")
 

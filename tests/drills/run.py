@@ -21,10 +21,10 @@ from pathlib import Path
 from tests.drills.kinds import KINDS, DiskFull, can_mount
 from tests.drills.nodes import LostNode, ShrunkRun, can_make_namespaces, unfit
 from tests.drills.processes import LAYOUTS
-from tests.drills.sequence import World
+from tests.drills.sequence import Drill, World
 from tests.drills.table import failures, table
 
-ALL = {**KINDS, LostNode.name: LostNode, ShrunkRun.name: ShrunkRun}
+ALL: dict[str, type[Drill]] = {**KINDS, LostNode.name: LostNode, ShrunkRun.name: ShrunkRun}
 SAVES = ("sync", "async")
 STRIKES_PER_RUN = 4
 

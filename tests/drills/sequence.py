@@ -14,7 +14,7 @@ from tests.drills.processes import RESUMED, STEP, Layout, Run, TimeIsUpError, wa
 from tests.drills.weights import digest
 
 SAVE_EVERY = 10
-START_S, END_S, ORPHAN_S = 120.0, 60.0, 5.0
+START_S, END_S, ORPHAN_S = 180.0, 90.0, 5.0
 """Seconds at most from a start to its first step, from a signal to the end, and from a death to that of all others."""
 QUICK = ("launch.restart_backoff_s=0.2",)
 
