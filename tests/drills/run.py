@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Play all, print as it goes, and write the table; 1 where a try was not survived as it should be."""
     given = arguments()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: sys.exit(130))  # drills clean up behind themselves
     with tempfile.TemporaryDirectory(prefix="drills_") as temporary:
         return play(given, given.folder or Path(temporary))
 
