@@ -207,6 +207,7 @@ class Pickle(Damage):
         except TimeIsUpError:
             attempt.notes.append(f"refused: {last_line(self.run.text())}")
             if self.flag.exists():
+                attempt.notes.append("EXECUTED")
                 raise
             subprocess.run(["rm", "-r", str(self.run.checkpoints / f"step_{self.spoiled:08d}")], check=True)
             super().start_again(attempt)
