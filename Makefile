@@ -11,7 +11,7 @@ TORCH_SPEC ?= $(if $(HAS_GPU),torch==2.11.0,torch==2.13.0)
 STAMP := $(VENV)/.installed
 TIMED = @start=$$(date +%s); trap 'echo "took $$(( $$(date +%s) - start )) s"' EXIT; set -e;
 
-.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-deepspeed test-gpu lint clean
+.PHONY: help venv demo demo-tiny demo-smollm2 test test-slow test-deepspeed test-gpu drills lint clean
 
 help:
 	@echo "make demo           set up, then train and use a tiny HealthGPT on real small medical images: figures, a report,"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow      the tests that make test leaves out"
 	@echo "make test-deepspeed the DeepSpeed engine's tests; installs deepspeed into $(VENV) (4 minutes)"
 	@echo "make test-gpu       the tests that need a GPU and Transformer Engine (docs/gpu.md)"
+	@echo "make drills         kill, stop and damage runs at random moments, and one table of what was lost (over an hour; DRILLS='--kinds SIGKILL --layouts tp2 --tries 4')"
 	@echo "make lint           ruff and mypy"
 	@echo "make venv           only set up $(VENV)"
 
@@ -66,6 +67,11 @@ test-deepspeed: venv
 test-gpu: venv
 	@echo "== tests on the GPU, one process; skipped ones give their reason"
 	@$(PYTHON) -m pytest -q -rs -s -m gpu tests/gpu
+
+# Root only for the full disk (a tmpfs) and the lost node (network namespaces); without it they are left out, and said.
+drills: venv
+	@echo "== drills: runs/drills/table.md; --help lists kinds, layouts, --tries and --seed"
+	@OMP_NUM_THREADS=1 $(PYTHON) -W ignore -m tests.drills.run $(DRILLS)
 
 lint: venv
 	$(TIMED) echo "== ruff (rules and format) and mypy"; \

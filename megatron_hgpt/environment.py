@@ -32,6 +32,16 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def started_by_an_elastic_launcher() -> bool:
+    """Whether a torchrun (or ft_launcher, which is one) started this process and watches it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def started_by_ft_launcher() -> bool:
+    """Whether ft_launcher of nvidia-resiliency-ext started this process and waits for its heartbeats."""
+    return "FT_RANK_MONITOR_IPC_SOCKET" in os.environ
+
+
 def error_file_from_environment() -> str | None:
     """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -44,9 +54,12 @@ def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """The machines of a run that is started without Slurm or torchrun, from NNODES, NODE_RANK, MASTER_ADDR, …"""
+    """The machines of a run that hgpt starts itself, from NNODES, NODE_RANK, MASTER_ADDR, …"""
 
     num_nodes: int = 1
+    """At most."""
+    min_nodes: int = 1
+    """With fewer than `num_nodes` but these the run goes on (NNODES=MIN:MAX)."""
     node_rank: int | None = None
     master_addr: str | None = None
     """Of the first node; both are needed where there are several."""
@@ -56,21 +69,33 @@ class Nodes:
 
 
 def nodes_from_environment() -> Nodes:
-    """NPROC_PER_NODE, NNODES, and for several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT.
+    """NPROC_PER_NODE, NNODES (N or MIN:MAX), and for several nodes NODE_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: a number that is none.
     """
-    num_nodes = _count("NNODES") or 1
+    min_nodes, num_nodes = _nodes_range()
     if num_nodes == 1:  # the others mean nothing then, and an earlier run in this process may have left them
         return Nodes(processes_per_node=_count("NPROC_PER_NODE"))
     return Nodes(
         num_nodes=num_nodes,
+        min_nodes=min_nodes,
         node_rank=_count("NODE_RANK", at_least=0),
         master_addr=os.environ.get("MASTER_ADDR") or None,
         master_port=_count("MASTER_PORT") or 29500,
         processes_per_node=_count("NPROC_PER_NODE"),
     )
+
+
+def _nodes_range() -> tuple[int, int]:
+    text = os.environ.get("NNODES") or "1"
+    least, separator, most = text.partition(":")
+    if not separator:
+        number = _count("NNODES") or 1
+        return number, number
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise ConfigError(f"NNODES={text!r} must be a whole number of at least 1, or MIN:MAX of two such")
+    return int(least), int(most)
 
 
 def _count(name: str, at_least: int = 1) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.environment import world_size_from_environment
 from megatron_hgpt.hooks import PathParameters, SampleImages
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
+from megatron_hgpt.ownership import FolderOwner
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
 
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def main(config: RunConfig) -> None:
+def main(config: RunConfig) -> int:
     """Train one stage from configuration to last checkpoint.
 
     Order: validate, process groups, model (weights loaded), earlier stages' weights, freeze, data, trainer, fit.
+
+    Returns:
+        0, or the number of the signal (SIGTERM, SIGINT) that stopped the run before its last step; it has saved.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input, before any training work is lost.
@@ -37,6 +42,7 @@ def main(config: RunConfig) -> None:
     context = distributed.initialize(config.parallel, config.training.seed)
     if not context.is_writer:
         logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
+    owned = contextlib.ExitStack()
     try:
         # Here and not at the top: the import-order rule of `cpu_platform`.
         from megatron_hgpt.build import build_model_chunks, freeze_except
@@ -49,7 +55,8 @@ def main(config: RunConfig) -> None:
         from megatron_hgpt.trainer import Trainer
 
         if context.is_writer:
-            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            for folder in _written_folders(config):
+                owned.enter_context(FolderOwner(folder))
         # With cached features only the sample pictures, drawn from pixels, still need the tower.
         with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
         models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
@@ -91,7 +98,7 @@ def main(config: RunConfig) -> None:
             parameters=_path_parameters(config),
             sample_images=_image_sampler(config, models[0], tokenizer, context),
         )
-        Trainer(
+        return Trainer(
             config=config,
             stage=stage,
             context=context,
@@ -103,7 +110,14 @@ def main(config: RunConfig) -> None:
             validation=validation,
         ).fit()
     finally:
+        owned.close()
         distributed.shutdown()
+
+
+def _written_folders(config: RunConfig) -> list[Path]:
+    """What no other run may write at the same time."""
+    named = config.checkpoint.directory
+    return [Path(config.output_dir), *([] if named is None else [Path(named)])]
 
 
 def _path_parameters(config: RunConfig) -> PathParameters:

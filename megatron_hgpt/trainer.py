@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +17,7 @@ from megatron_hgpt.engines import build_engine
 from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
 from megatron_hgpt.hooks.base import StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.interruption import StopSignals
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.parameters import named_parameters
 
@@ -83,7 +82,7 @@ class Trainer:
         self.models, self.loader, self.total_steps = list(models), loader, total_steps
         self.checkpointer, self.hooks, self.validation = checkpointer, list(hooks), validation
         self.step = 0
-        self._stop_requested = False
+        self.signals = StopSignals()
         self.audit = GradientAudit(named_parameters(self.models))
         self.engine = build_engine(config, stage, context, self.models)
         self.scheduler = build_scheduler(config, stage, self.engine.optimizer, total_steps)
@@ -101,9 +100,13 @@ class Trainer:
             model=self.models[0],
         )
 
-    def fit(self) -> None:
-        """Train from the current step (0, or a restored one) to the last; saves, and calls the hooks."""
-        previous = self._listen_for_termination()
+    def fit(self) -> int:
+        """Train from the current step (0, or a restored one) to the last; saves, and calls the hooks.
+
+        Returns:
+            0, or on every rank the number of the signal that stopped the run before its last step.
+        """
+        self.signals.listen()
         try:
             self._restore()
             self.checkpointer.prepare(self.models, self.engine)
@@ -123,13 +126,13 @@ class Trainer:
             finished = dataclasses.replace(self.state, sample_counts=self._sample_counts())
             for hook in self.hooks:
                 hook.on_fit_end(finished)
+            return self.signals.number if self.step < self.total_steps else 0
         except BaseException as error:
             # Peers may sit in a collective that this rank will never join: no communication from here on.
             self._tell_of_error(error)
             raise
         finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
+            self.signals.leave()
 
     def train_step(self) -> StepRecord:
         """One optimizer step over the global batch."""
@@ -159,7 +162,7 @@ class Trainer:
         started = time.perf_counter()
         totals = {task: LossTotals() for task in self.stage.tasks}
         for chunk in self.validation.chunks():
-            if self._agree_to_stop():
+            if self.signals.agree(self.context):
                 logger.warning("validation at step %d is left out: a signal asked to stop", self.step)
                 return None
             reports = self.engine.evaluate(chunk.batches)
@@ -185,7 +188,7 @@ class Trainer:
 
     def _save_and_validate(self) -> bool:
         """What is due after a step; True on every rank when the run is to stop here, and its checkpoint is complete."""
-        stop, is_last = self._agree_to_stop(), self.step == self.total_steps
+        stop, is_last = self.signals.agree(self.context), self.step == self.total_steps
         save = stop or is_last or self.step % max(self.config.checkpoint.save_interval_steps, 1) == 0
         validate = not stop and self._is_validation_due()
         if save:
@@ -195,7 +198,7 @@ class Trainer:
         if validate:
             self.validate()
         if not stop and (save or validate):
-            stop = self._agree_to_stop()  # a signal that came meanwhile costs no further step
+            stop = self.signals.agree(self.context)  # a signal that came meanwhile costs no further step
             if stop and not save:
                 self._save()
             if stop:
@@ -260,29 +263,3 @@ class Trainer:
         group = parallel_state.get_data_parallel_group()
         torch.distributed.all_gather_object(counts, dict(self.loader.counts), group=group)
         return dict(sum(map(Counter, counts), Counter()))
-
-    def _listen_for_termination(self) -> dict[int, Any]:
-        """On SIGTERM and SIGINT (Slurm, Ctrl-C) finish the step, leave a validation, and save.
-
-        A second signal ends the process at once.
-        """
-
-        def request_stop(signum: int, _frame: FrameType | None) -> None:
-            self._stop_requested = True
-            signal.signal(signum, signal.SIG_DFL)
-
-        previous: dict[int, Callable | int | None] = {}
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            try:
-                previous[signum] = signal.signal(signum, request_stop)
-            except ValueError:  # not the main thread: the embedding program keeps its own handlers
-                break
-        return previous
-
-    def _agree_to_stop(self) -> bool:
-        """True on every rank when any rank was asked to stop: a checkpoint needs all of them."""
-        if self.context.world_size == 1:
-            return self._stop_requested
-        flag = torch.tensor([int(self._stop_requested)], device=self.context.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())

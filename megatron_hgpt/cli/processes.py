@@ -1,20 +1,34 @@
-"""The processes of a run on this machine: how many, and torchrun around them without its traceback for a mistake."""
+"""The processes of a run on this machine: how many, where they meet those of other machines, and how they end."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from typing import Any
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_hgpt.batching import replica_size
-from megatron_hgpt.cli.frame import USER_ERROR
-from megatron_hgpt.config import ParallelConfig
+from megatron_hgpt.config import ParallelConfig, RunConfig
 from megatron_hgpt.environment import Nodes, share_cores
 from megatron_hgpt.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    from megatron_hgpt.cli.supervisor import Agent, Patience
+
 logger = logging.getLogger(__name__)
 
-_TORCHRUN_LOGGER = "torch.distributed.elastic.multiprocessing.api"
+_TORCHRUN_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+"""They report every process that ends, in many lines; here one says it."""
+_LINGER_S = 10.0
+"""Seconds that the first node of several stays after a failure that ends the run, to tell the others."""
 
 
 def processes_per_node(parallel: ParallelConfig, nodes: Nodes) -> int:
@@ -40,69 +54,165 @@ def processes_per_node(parallel: ParallelConfig, nodes: Nodes) -> int:
     return gpus // replica * replica
 
 
-def torchrun_arguments(processes: int, nodes: Nodes, command: Sequence[str]) -> list[str]:
-    """torchrun's own arguments for this machine's share of the run, then ``hgpt``'s `command` for every process.
+def meeting_point(nodes: Nodes, start_s: float) -> RendezvousParameters:
+    """Where and how the launchers of all nodes meet, at the start and after each failure.
+
+    Args:
+        nodes: of the run.
+        start_s: seconds that the nodes wait for each other.
 
     Raises:
         ConfigError: several nodes, and this one does not know which it is or where the first is.
     """
-    rendezvous = ["--standalone"]
-    if nodes.num_nodes > 1:
-        if nodes.node_rank is None or nodes.master_addr is None:
-            raise ConfigError(f"NNODES={nodes.num_nodes}: set NODE_RANK and MASTER_ADDR on every node as well")
-        rendezvous = ["--nnodes", str(nodes.num_nodes), "--node-rank", str(nodes.node_rank)]
-        rendezvous += ["--master-addr", nodes.master_addr, "--master-port", str(nodes.master_port)]
-    return [*rendezvous, "--nproc-per-node", str(processes), "-m", "megatron_hgpt", *command]
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    if nodes.num_nodes == 1:
+        return RendezvousParameters("c10d", "localhost:0", "hgpt", 1, 1, local_addr="127.0.0.1", is_host=True)
+    if nodes.node_rank is None or nodes.master_addr is None:
+        raise ConfigError(f"NNODES={nodes.num_nodes}: set NODE_RANK and MASTER_ADDR on every node as well")
+    return RendezvousParameters(
+        "c10d",
+        f"{nodes.master_addr}:{nodes.master_port}",
+        "hgpt",
+        nodes.min_nodes,
+        nodes.num_nodes,
+        local_addr=_address_towards(nodes.master_addr, nodes.master_port),
+        is_host=nodes.node_rank == 0,
+        join_timeout=round(start_s),
+    )
 
 
-def run_processes(processes: int, nodes: Nodes, command: Sequence[str]) -> int:
-    """Start ``hgpt <command>`` in every process of this machine under torchrun, which lives in this process.
+def _address_towards(host: str, port: int) -> str:
+    """This machine's own address on the way to another: its name may stand for an interface that others do not reach.
 
-    torchrun reports a child that ended with an error in some thirty lines and exits with 1. Where the child has said a
-    user's mistake in its one line (exit status 2), that is left out and the status handed on.
+    Raises:
+        ConfigError: there is no such host.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR={host}: {error.strerror}; name the first node as this one knows it") from error
+
+
+def run_processes(processes: int, nodes: Nodes, command: Sequence[str], config: RunConfig) -> int:
+    """Start ``hgpt <command>`` in every process of this machine, and again after failures that this may help.
+
+    Args:
+        processes: of this machine.
+        nodes: of the run.
+        command: words behind ``hgpt``.
+        config: the run's: `launch`, `timeouts.start_s`, and where its checkpoints are.
 
     Returns:
-        Exit status: the first failed child's, or 128 + the signal that ended this process.
+        Exit status as in `exit_status`: the first failed process's, or 128 + the signal that stopped the run.
     """
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed import DistError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    arguments = torchrun.parse_args(torchrun_arguments(processes, nodes, command))
+    from megatron_hgpt.cli.supervisor import Patience
+
+    meeting = meeting_point(nodes, config.timeouts.start_s)
+    patience = Patience(config.launch, Path(config.checkpoint.directory or Path(config.output_dir) / "checkpoints"))
     share_cores(processes)
-    withheld = _Withheld()
-    logging.getLogger(_TORCHRUN_LOGGER).addFilter(withheld)
+    while True:
+        try:
+            with _torchruns_lines_left_out(), tempfile.TemporaryDirectory(prefix="hgpt_") as folder:
+                if nodes.num_nodes > 1 and nodes.node_rank != 0:
+                    _await_first_node(nodes, config.timeouts.start_s)
+                return _run_agent(_agent(processes, command, meeting, patience, config, Path(folder)))
+        except (RendezvousError, DistError) as error:
+            what = f"the first node, MASTER_ADDR={nodes.master_addr}, or too many others do not answer"
+            if not patience.wait(f"{what} ({type(error).__name__})"):
+                return 1
+
+
+def _agent(
+    processes: int,
+    command: Sequence[str],
+    meeting: RendezvousParameters,
+    patience: Patience,
+    config: RunConfig,
+    folder: Path,
+) -> Agent:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    from megatron_hgpt.cli.supervisor import Agent
+
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=processes,
+        entrypoint=sys.executable,
+        args=("-u", "-m", "megatron_hgpt", *command),
+        rdzv_handler=get_rendezvous_handler(meeting),
+        max_restarts=sys.maxsize,  # the agent asks `patience`
+        monitor_interval=0.1,
+        local_addr=meeting.local_addr,
+    )
+    return Agent(
+        spec,
+        DefaultLogsSpecs(log_dir=str(folder)),
+        patience=patience,
+        grace_s=config.launch.grace_s,
+        is_elastic=meeting.min_nodes < meeting.max_nodes,
+    )
+
+
+def _run_agent(agent: Agent) -> int:
+    """Let it work until all is done or over; returns the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+
+    group = agent.get_worker_group()
     try:
-        torchrun.run(arguments)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode == USER_ERROR:
-            return USER_ERROR
-        withheld.release()
-        raise
+        result = agent.run()
     except SignalException as ended:
-        withheld.release()
-        logger.error("stopped by signal %d; a run started again continues from its newest checkpoint", ended.sigval)
-        return 128 + int(ended.sigval)
+        if unsaved := agent.unsaved():
+            said = ", ".join(f"{rank} (exit status {status})" for rank, status in sorted(unsaved.items()))
+            logger.error("stopped by signal %d, but local ranks did not save: %s", ended.sigval, said)
+            return 1
+        finished = set(agent.exit_statuses().values()) == {0}
+        return 0 if finished else 128 + int(ended.sigval if ended.sigval == signal.SIGINT else signal.SIGTERM)
+    except RendezvousClosedError:
+        logger.error("another node has ended the run, and says why")
+        return _shell_status(agent.hear_status())
+    has_failed = result is None or result.is_failed()
+    if has_failed:
+        agent.tell_others()
+    group.spec.rdzv_handler.shutdown()
+    if not has_failed:
+        return 0
+    if (group.group_world_size or 1) > 1:
+        time.sleep(_LINGER_S)  # the store in which the others read it may be this process's
+    return _shell_status(agent.last_status)
+
+
+def _shell_status(status: int) -> int:
+    """As a shell says it: 128 + the signal for a process that one ended."""
+    return 128 - status if status < 0 else status
+
+
+def _await_first_node(nodes: Nodes, limit_s: float) -> None:
+    """Wait until the first node's launcher listens; what comes later says what is wrong if it never does."""
+    until_s = time.monotonic() + limit_s
+    while time.monotonic() < until_s:
+        with contextlib.suppress(OSError), socket.create_connection((nodes.master_addr, nodes.master_port), timeout=5):
+            return
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def _torchruns_lines_left_out() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _TORCHRUN_LOGGERS]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
-        logging.getLogger(_TORCHRUN_LOGGER).removeFilter(withheld)
-    return 0
-
-
-class _Withheld(logging.Filter):
-    """Keeps back what torchrun says about ending children until it is known why they ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._records: list[logging.LogRecord] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self._records.append(record)
-        return False
-
-    def release(self) -> None:
-        """Hand out the kept records."""
-        target: Any = logging.getLogger(_TORCHRUN_LOGGER)
-        target.removeFilter(self)
-        for record in self._records:
-            target.handle(record)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

@@ -8,8 +8,10 @@ Must not import: model, engines, checkpoint, trainer, inference.
 from __future__ import annotations
 
 from megatron_hgpt.config import RunConfig
+from megatron_hgpt.environment import started_by_ft_launcher
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.hooks.console import ConsoleHook
+from megatron_hgpt.hooks.fault_tolerance import FaultToleranceHook
 from megatron_hgpt.hooks.image_samples import ImageSamplesHook, SampleImages
 from megatron_hgpt.hooks.metrics import MetricsHook
 from megatron_hgpt.hooks.mlflow_tracking import MLflowHook
@@ -43,6 +45,8 @@ def build_hooks(
     tensorboard = TensorBoardHook(interval_steps=interval) if logging.tensorboard else None
     metrics = MetricsHook(interval_steps=interval)
     hooks: list[Hook] = [metrics, WatchdogHook(rank=rank)]
+    if started_by_ft_launcher():
+        hooks.append(FaultToleranceHook())
     if parameters is not None:
         hooks.append(ThroughputHook(parameters=parameters, world_size=world_size))
     if sample_images is not None and logging.sample_images_interval_steps > 0:

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("inference",),
     ("trainer",),
+    ("interruption",),
     ("gradient_audit",),
     ("hooks",),
     ("checkpoint",),
@@ -40,8 +41,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("batching", "distributed"),
     ("stages",),
     ("parameters", "config_io", "config_reference"),
-    ("files", "config", "cpu_platform", "environment"),
-    ("samples", "errors", "rounding", "bounds"),
+    ("files", "config", "cpu_platform", "environment", "ownership"),
+    ("samples", "errors", "exit_status", "rounding", "bounds"),
 )
 """The packages and modules of megatron_hgpt, top floor first, in the order of README's map.
 

@@ -1,0 +1,213 @@
+"""torchrun's agent with this project's answer to processes that end: which failures are started again, and when.
+
+The agent starts the processes of this machine, meets the agents of the others, notices failures and nodes that come
+and go, and starts everybody anew. What it lacks is here: exit statuses that no restart helps, back-off, progress as
+the measure of patience, and time to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+
+from megatron_hgpt.checkpoint.description import checkpoint_folders
+from megatron_hgpt.config import LaunchConfig
+from megatron_hgpt.exit_status import ExitStatus
+
+logger = logging.getLogger(__name__)
+
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit statuses of a process that a signal stopped, and that has saved."""
+FINAL = (ExitStatus.USER_ERROR, ExitStatus.DIVERGED, *STOPPED)
+"""Exit statuses that starting again does not help, or that somebody asked for."""
+_AS_ASKED = (ExitStatus.FINISHED, *STOPPED, -signal.SIGTERM, -signal.SIGINT)
+"""How processes end that are told to stop; by the signal itself before they train, with nothing to save."""
+_STATUS_KEY = "hgpt/exit_status"
+_LONGEST_BACKOFF_S = 300.0
+_SECOND_CTRL_C_S = 1.0
+
+
+class Patience:
+    """Counts failures in a row without a newer checkpoint, and waits longer before each next try.
+
+    Args:
+        launch: its limits.
+        checkpoints: the folder of step_* folders.
+    """
+
+    def __init__(self, launch: LaunchConfig, checkpoints: Path) -> None:
+        self._launch, self._checkpoints = launch, checkpoints
+        self._newest = self._newest_name()
+        self._failures = 0
+
+    def _newest_name(self) -> str:
+        folders = checkpoint_folders(self._checkpoints)
+        return folders[-1].name if folders else ""
+
+    def pause_s(self) -> float | None:
+        """Another failure: seconds until the next start; None when there shall be none."""
+        newest = self._newest_name()
+        if newest > self._newest:
+            self._newest, self._failures = newest, 0
+        self._failures += 1
+        if self._failures > self._launch.max_restarts:
+            return None
+        return min(self._launch.restart_backoff_s * 2 ** (self._failures - 1), _LONGEST_BACKOFF_S)
+
+    def wait(self, what: str, look: Callable[[], None] = lambda: None) -> bool:
+        """Say that `what` happened, and wait.
+
+        Args:
+            what: a clause, "rank 1 was killed by SIGKILL".
+            look: called once a second; what it raises ends the waiting.
+
+        Returns:
+            Whether to start again.
+        """
+        pause_s, tries = self.pause_s(), self._launch.max_restarts
+        if pause_s is None:
+            end = f"; {tries} restarts in a row brought no newer checkpoint (launch.max_restarts)" if tries else ""
+            logger.error("%s%s; start again to resume from the newest checkpoint", what, end)
+            return False
+        place = f"from {self._newest}" if self._newest else "from the beginning"
+        logger.warning("%s; starting again %s in %.0f s (%d of %d)", what, place, pause_s, self._failures, tries)
+        until_s = time.monotonic() + pause_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            look()
+            time.sleep(min(left_s, 1.0))
+        return True
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent of this machine.
+
+    Args:
+        spec: what to start, and where the nodes meet; its `max_restarts` is never reached.
+        logs_specs: where error files go.
+        patience: decides about a failure that a restart may help.
+        grace_s: seconds from a signal to stop until processes are killed.
+        is_elastic: the run may go on with fewer nodes: one that is asked to stop leaves the others at work.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, logs_specs: LogsSpecs, *, patience: Patience, grace_s: float, is_elastic: bool
+    ) -> None:
+        super().__init__(spec, logs_specs)
+        self._patience, self._grace_s, self._is_elastic = patience, grace_s, is_elastic
+        self.last_status = 1
+        """Exit status of the process that failed first, the last time that one did; negative for a signal."""
+
+    def exit_statuses(self) -> dict[int, int]:
+        """Local rank -> exit status of the processes that have ended; negative for a signal."""
+        processes: Mapping[int, Any] = getattr(self._pcontext, "subprocess_handlers", {})
+        statuses = {rank: handler.proc.poll() for rank, handler in processes.items()}
+        return {rank: status for rank, status in statuses.items() if status is not None}
+
+    def unsaved(self) -> dict[int, int]:
+        """Of these the ones that did not end as processes do that are told to stop."""
+        return {rank: status for rank, status in self.exit_statuses().items() if status not in _AS_ASKED}
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # torch goes on with the store of the first round, which names the addresses of processes that are gone: gloo's
+        # groups then connect to nobody. Without these two it makes a new one.
+        handler: Any = worker_group.spec.rdzv_handler
+        handler._bootstrap_store_info = handler._shared_tcp_store_server = None
+        super()._rendezvous(worker_group)
+
+    def tell_others(self) -> None:
+        """Leave the exit status for the launchers of the other nodes, which end as well."""
+        if self._store is not None:
+            self._store.set(_STATUS_KEY, str(self.last_status))
+
+    def hear_status(self) -> int:
+        """The exit status that another node's launcher left, else this one's last."""
+        if self._store is not None and self._store.check([_STATUS_KEY]):
+            return int(self._store.get(_STATUS_KEY))
+        return self.last_status
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        # Before the agent ends the others, whose statuses then say nothing.
+        failed = {rank: status for rank, status in self.exit_statuses().items() if status}
+        result = super()._monitor_workers(worker_group)
+        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+            statuses = failed or {failure.local_rank: failure.exitcode for failure in result.failures.values()}
+            if not self._shall_restart(worker_group, statuses):
+                self._remaining_restarts = 0
+        return result
+
+    def _shall_restart(self, worker_group: WorkerGroup, statuses: Mapping[int, int]) -> bool:
+        """Decide, and wait where there is to be a pause.
+
+        Args:
+            worker_group: of this machine.
+            statuses: local rank -> exit status of the processes that failed first.
+        """
+        # A crash beside a mistake or a stop: these are what the others made of it.
+        rank, self.last_status = min(statuses.items(), key=lambda item: item[1] in FINAL, default=(0, 1))
+        if self.last_status in STOPPED and self._is_elastic:
+            logger.warning("another node was asked to stop, and the run has saved; going on with those that are left")
+            return True
+        if self.last_status in FINAL:
+            return False
+
+        def end_with_others() -> None:
+            if worker_group.spec.rdzv_handler.is_closed():
+                raise RendezvousClosedError
+
+        what = f"rank {worker_group.workers[rank].global_rank} {in_words(self.last_status)}"
+        return self._patience.wait(what, end_with_others)
+
+    def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:
+        self._shutdown()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
+        """Ask the processes to stop, and kill what is left when the time to save is over.
+
+        The parameters that follow differ between releases of torch; the time is ours.
+        """
+        if self._pcontext is None:
+            return
+        # A closed terminal (SIGHUP) is a reason to save as well, and the processes know these two.
+        asked = signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM
+        with self._repeats_tolerated():
+            self._pcontext.close(asked, timeout=max(1, round(self._grace_s)))
+
+    @contextlib.contextmanager
+    def _repeats_tolerated(self) -> Iterator[None]:
+        """More signals do not cut the time to save short, but Ctrl-C again after a second does."""
+        since_s = time.monotonic()
+
+        def again(signum: int, _frame: FrameType | None) -> None:
+            if signum == signal.SIGINT and time.monotonic() > since_s + _SECOND_CTRL_C_S and self._pcontext:
+                for pid in self._pcontext.pids().values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+
+        caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        previous = {signum: signal.signal(signum, again) for signum in caught}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def in_words(status: int) -> str:
+    """What became of a process with this exit status, as the end of a sentence."""
+    if status == ExitStatus.HUNG:
+        return f"was ended by timeouts.step_limit_s (exit status {status})"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"failed (exit status {status})"

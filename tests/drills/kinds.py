@@ -1,0 +1,279 @@
+"""What is done to a run: signals, a rank that hangs, damage, planted code, a full disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.drills.processes import TimeIsUpError, wait_for
+from tests.drills.sequence import END_S, START_S, Drill, Try, last_line
+
+
+class KillAll(Drill):
+    """SIGKILL of launcher and ranks, as of a machine without memory; their helpers have to go by themselves."""
+
+    name = "SIGKILL all"
+    tries = 25
+
+    def strike(self, attempt: Try) -> None:
+        self.run.signal(signal.SIGKILL, [launcher.pid for launcher in self.run.launchers])
+        self.run.signal(signal.SIGKILL, list(self.run.ranks().values()))
+
+
+class KillInSave(KillAll):
+    """The same while a checkpoint is being written."""
+
+    name = "SIGKILL all in a save"
+
+    def wait(self) -> None:
+        self.wait_for_steps(self.rng.randint(1, 25))
+        folder = self.run.checkpoints
+
+        def is_saving() -> bool:
+            names = os.listdir(folder) if folder.is_dir() else []
+            return self.run.is_over() or any(name.endswith(".tmp") for name in names)
+
+        wait_for(is_saving, START_S, "save", pause_s=0.001)
+        time.sleep(self.rng.uniform(0, 0.05))
+
+
+class KillRank(Drill):
+    """SIGKILL of one rank; the launcher starts the run again."""
+
+    name = "SIGKILL one rank"
+    tries = 25
+
+    def strike(self, attempt: Try) -> None:
+        wait_for(lambda: self.run.ranks() or self.run.is_over(), START_S, "rank")
+        if ranks := self.run.ranks():
+            self.run.signal(signal.SIGKILL, [self.rng.choice(sorted(ranks.values()))])
+
+
+class KillLauncher(Drill):
+    """SIGKILL of the launcher alone; the ranks end with it."""
+
+    name = "SIGKILL launcher"
+    tries = 25
+
+    def strike(self, attempt: Try) -> None:
+        self.run.signal(signal.SIGKILL, [launcher.pid for launcher in self.run.launchers])
+        wait_for(self.run.is_over, END_S, "end of a killed launcher")
+
+
+class Terminate(Drill):
+    """SIGTERM to the launcher; under Slurm to every process of the job's steps at once, as `--signal` does it."""
+
+    name = "SIGTERM to hgpt train"
+    tries = 8
+
+    def strike(self, attempt: Try) -> None:
+        began = time.monotonic()
+        if self.way == "slurm":
+            pids = [process.pid for process in self.run.processes() if process.pid != self.run.launchers[0].pid]
+        else:
+            pids = [self.run.launchers[0].pid]
+        self.run.signal(signal.SIGTERM, pids)
+        wait_for(self.run.is_over, END_S, "end after SIGTERM")
+        attempt.ended_s = time.monotonic() - began
+
+    def check(self, attempt: Try, newest: int) -> None:
+        super().check(attempt, newest)
+        if attempt.steps_lost:
+            attempt.survived = False
+            attempt.notes.append(f"not saved: {attempt.steps_lost} steps lost")
+
+
+class TerminateTorchrun(Terminate):
+    """A torchrun of the user's own."""
+
+    name = "SIGTERM to torchrun"
+    way = "torchrun"
+
+
+class TerminateSlurm(Terminate):
+    """examples/slurm/pretrain_hgpt.sbatch with stand-ins for srun and scontrol: two nodes of a process each."""
+
+    name = "SIGTERM from Slurm"
+    way = "slurm"
+
+
+class Hang(Drill):
+    """SIGSTOP of one rank: the console names it, the limit ends every rank, and the launcher starts the run again."""
+
+    name = "SIGSTOP one rank"
+    tries = 5
+    warning_s, limit_s = 2.0, 5.0
+    overrides = (f"timeouts.step_warning_s={warning_s}", f"timeouts.step_limit_s={limit_s}")
+
+    def wait(self) -> None:
+        self.wait_for_steps(self.rng.randint(4, 25))
+        time.sleep(self.rng.uniform(0, self.reference.step_s))
+
+    def strike(self, attempt: Try) -> None:
+        ranks = self.run.ranks()
+        rank = self.rng.choice(sorted(ranks))
+        began = time.monotonic()
+        self.run.signal(signal.SIGSTOP, [ranks[rank]])
+        while time.monotonic() - began < 4 * self.limit_s + 10:
+            if attempt.named_s is None and re.search(rf"\brank {rank}\b", self.run.text()):
+                attempt.named_s = time.monotonic() - began
+            if not set(ranks.values()) & {process.pid for process in self.run.processes()}:
+                attempt.ended_s = time.monotonic() - began
+                break
+            time.sleep(0.1)
+        attempt.notes.append(f"rank {rank} stopped")
+
+    def check(self, attempt: Try, newest: int) -> None:
+        super().check(attempt, newest)
+        attempt.survived &= attempt.named_s is not None and attempt.ended_s is not None
+
+
+class Damage(KillAll):
+    """One bit of one file of the newest checkpoint flips while the run is down: the one before is used, and said."""
+
+    name = "flipped bit"
+    tries = 10
+    spoiled = 0
+
+    def wait(self) -> None:
+        wait_for(lambda: self.run.is_over() or len(self.run.saved_steps()) > 1, START_S, "second checkpoint")
+        self.wait_for_steps(self.rng.randint(11, 20))
+
+    def strike(self, attempt: Try) -> None:
+        super().strike(attempt)
+        self.run.remaining(END_S)
+        if len(self.run.saved_steps()) > 1:
+            self.spoiled = self.run.saved_steps()[-1]
+            attempt.notes.append(self.spoil(self.run.newest()))
+
+    def spoil(self, folder: Path) -> str:
+        path = self.rng.choice(sorted(file for file in folder.iterdir() if file.stat().st_size))
+        content = bytearray(path.read_bytes())
+        position = self.rng.randrange(len(content))
+        content[position] ^= 1 << self.rng.randrange(8)
+        path.write_bytes(content)
+        return f"{path.name}: byte {position} of {len(content)}"
+
+    def check(self, attempt: Try, newest: int) -> None:
+        begun = self.run.begun_at() or 0
+        attempt.survived = begun < self.spoiled or self.spoiled == 0
+        if not attempt.survived:
+            attempt.notes.append("trained on")
+        elif f"step_{self.spoiled:08d}" not in self.run.text().split("resumed from")[0]:
+            attempt.survived = False
+            attempt.notes.append("fell back silently")
+
+
+class Planted:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+class Pickle(Damage):
+    """An object that runs a command in the newest checkpoint's .metadata, sums and seal made to fit: it is not run."""
+
+    name = "planted pickle"
+    tries = 5
+
+    def spoil(self, folder: Path) -> str:
+        self.flag = self.run.folder / "executed"
+        (folder / ".metadata").write_bytes(pickle.dumps(Planted(f"touch {self.flag}")))
+        reseal(folder)
+        return ".metadata"
+
+    def check(self, attempt: Try, newest: int) -> None:
+        super().check(attempt, newest)
+        if self.spoiled and self.flag.exists():
+            attempt.survived = False
+            attempt.notes.append("EXECUTED")
+
+    def start_again(self, attempt: Try) -> None:
+        """A start that refuses the folder is as good as one that leaves it out: the operator removes it."""
+        try:
+            super().start_again(attempt)
+        except TimeIsUpError:
+            attempt.notes.append(f"refused: {last_line(self.run.text())}")
+            if self.flag.exists():
+                attempt.notes.append("EXECUTED")
+                raise
+            subprocess.run(["rm", "-r", str(self.run.checkpoints / f"step_{self.spoiled:08d}")], check=True)
+            super().start_again(attempt)
+
+
+def reseal(folder: Path) -> None:
+    """What somebody who may write the folder can do: the description fits the files again."""
+    path = folder / "healthgpt.json"
+    info = json.loads(path.read_text())
+    if "digest" not in info:
+        return
+    content = (folder / ".metadata").read_bytes()
+    info["files"][".metadata"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del info["digest"]
+    text = json.dumps(info, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps({**info, "digest": hashlib.sha256(text.encode()).hexdigest()}, indent=1))
+
+
+class DiskFull(Drill):
+    """The file system of the checkpoints fills up: a line says so, what is there stays, and a start goes on from it."""
+
+    name = "full disk"
+    tries = 5
+
+    def prepare(self) -> None:
+        self.run.checkpoints.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(self.run.checkpoints)], check=True)
+
+    def clean(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.run.checkpoints)], check=False)
+
+    def wait(self) -> None:
+        self.wait_for_steps(self.rng.randint(11, 25))
+
+    def strike(self, attempt: Try) -> None:
+        ballast = self.run.checkpoints / "ballast"
+        try:
+            with open(ballast, "wb", buffering=0) as file:
+                while file.write(bytes(65536)) == 65536:
+                    pass
+        except OSError:
+            pass
+        wait_for(self.run.is_over, END_S, "end on a full disk")
+        ballast.unlink()
+        text = self.run.text()
+        if "Traceback" in text:
+            attempt.notes.append("traceback")
+        said = [line for line in text.splitlines() if str(self.run.checkpoints) in line and "intact" in line]
+        attempt.notes.append(said[-1][:200] if said else f"not said: {last_line(text)}")
+
+    def check(self, attempt: Try, newest: int) -> None:
+        super().check(attempt, newest)
+        attempt.survived &= "traceback" not in attempt.notes
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount a tmpfs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    return mount.returncode == 0 and subprocess.run(["umount", str(folder)], capture_output=True).returncode == 0
+
+
+KINDS: dict[str, type[Drill]] = {
+    kind.name: kind
+    for kind in (
+        KillAll, KillRank, KillLauncher, KillInSave, Terminate, TerminateTorchrun, TerminateSlurm, Hang, Damage, Pickle,
+        DiskFull,
+    )
+}  # fmt: skip

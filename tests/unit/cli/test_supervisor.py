@@ -1,0 +1,105 @@
+"""Which ends of processes are started again: the launcher around processes that end as a script tells them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hgpt.cli.supervisor import Patience, in_words
+from megatron_hgpt.config import LaunchConfig
+
+ROOT = Path(__file__).parents[3]
+
+PROCESS = """
+import json, os, pathlib, signal, sys, time
+rank, folder = os.environ["RANK"], pathlib.Path.cwd()
+count = len(list(folder.glob(f"started_{rank}_*")))
+(folder / f"started_{rank}_{count}").touch()
+status, step = json.loads((folder / "script.json").read_text())[rank][count]
+if step:
+    (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+os.kill(os.getpid(), -status) if status < 0 else os._exit(status)
+"""
+
+LAUNCHER = """
+import os, sys
+from pathlib import Path
+from megatron_hgpt.cli.frame import configure_logging
+from megatron_hgpt.cli.processes import run_processes
+from megatron_hgpt.config import LaunchConfig, RunConfig
+from megatron_hgpt.environment import Nodes
+configure_logging(20)
+os.environ["PYTHONPATH"] = ""
+for case in sys.argv[2:]:
+    os.chdir(case)
+    config = RunConfig(output_dir=".", launch=LaunchConfig(max_restarts=2, restart_backoff_s=0.01))
+    (Path(case) / "status").write_text(str(run_processes(int(sys.argv[1]), Nodes(), [], config)))
+"""
+
+CASES = {
+    # name: (per rank (exit status, step of a checkpoint that it leaves) of each start, status, starts)
+    "finished": ([[(0, 0)], [(0, 0)]], 0, 1),
+    "a mistake": ([[(2, 0)], [(0, 0)]], 2, 1),
+    "diverged": ([[(3, 0)], [(3, 0)]], 3, 1),
+    "stopped and saved": ([[(143, 0)], [(143, 0)]], 143, 1),
+    "stopped by hand and saved": ([[(130, 0)], [(130, 0)]], 130, 1),
+    "hung": ([[(75, 0), (0, 0)], [(75, 0), (0, 0)]], 0, 2),
+    "killed": ([[(0, 0), (0, 0)], [(-9, 0), (0, 0)]], 0, 2),
+    "a mistake that a kill caused": ([[(2, 0), (0, 0)], [(-9, 0), (0, 0)]], 0, 2),
+    "always": ([[(1, 0)] * 3, [(1, 0)] * 3], 1, 3),
+    "always killed": ([[(-9, 0)] * 3, [(-9, 0)] * 3], 137, 3),
+    "with progress": ([[(1, n) for n in (1, 2, 3, 4)] + [(0, 0)], [(1, 0)] * 4 + [(0, 0)]], 0, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """All cases in one launcher, one after the other; and what it said."""
+    folder = tmp_path_factory.mktemp("cases")
+    for name, (script, _, _) in CASES.items():
+        (folder / name / "megatron_hgpt").mkdir(parents=True)
+        (folder / name / "megatron_hgpt" / "__init__.py").touch()
+        (folder / name / "megatron_hgpt" / "__main__.py").write_text(PROCESS)
+        (folder / name / "script.json").write_text(json.dumps({str(rank): ends for rank, ends in enumerate(script)}))
+    command = [sys.executable, "-c", LAUNCHER, "2", *(str(folder / name) for name in CASES)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_started_again(name: str, launched: tuple[Path, str]) -> None:
+    folder = launched[0] / name
+    _, status, starts = CASES[name]
+    assert int((folder / "status").read_text()) == status
+    assert len(list(folder.glob("started_0_*"))) == starts
+
+
+def test_what_is_said(launched: tuple[Path, str]) -> None:
+    text = launched[1]
+    assert "rank 1 was killed by SIGKILL; starting again from the beginning in 0 s (1 of 2)" in text
+    assert "rank 0 was ended by timeouts.step_limit_s (exit status 75); starting again" in text
+    assert "rank 0 failed (exit status 1); starting again from step_00000004 in 0 s (1 of 2)" in text
+    end = "2 restarts in a row brought no newer checkpoint (launch.max_restarts); start again to resume"
+    assert f"rank 0 failed (exit status 1); {end}" in text
+    assert "Traceback" not in text and "torch.distributed" not in text
+
+
+def test_patience_waits_twice_as_long_each_time_and_begins_anew_with_progress(tmp_path: Path) -> None:
+    patience = Patience(LaunchConfig(max_restarts=7, restart_backoff_s=10), tmp_path)
+    assert [patience.pause_s() for _ in range(8)] == [10, 20, 40, 80, 160, 300, 300, None]
+    (tmp_path / "step_00000005").mkdir()
+    assert patience.pause_s() == 10
+    (tmp_path / "step_00000005").rename(tmp_path / "step_00000004")  # a damaged one that was set aside is no progress
+    assert patience.pause_s() == 20
+
+
+def test_ends_in_words() -> None:
+    assert in_words(-11) == "was killed by SIGSEGV"
+    assert in_words(1) == "failed (exit status 1)"
