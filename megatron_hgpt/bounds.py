@@ -1,4 +1,7 @@
-"""Ranges of numbers, as part of an option's type: ``Annotated[int, Within(1, 4096)]``; every number has an upper bound as well."""
+"""Ranges of numbers, as part of an option's type: ``Annotated[int, Within(1, 4096)]``.
+
+Every number of a configuration has both ends: above the upper one a value is a slip of the pen, or takes the machine.
+"""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def unpickle(path: Path, allowed: Collection[tuple[str, str]], error: type[Healt
 
 
 def load_tensors(path: Path, error: type[HealthGPTError]) -> Any:
-    """What `torch.save` wrote, on the CPU and mapped into memory where it can be, without running any code.
+    """What `torch.save` wrote, on the CPU, without running any code and in no more memory than the file takes.
 
     Classes of other packages (callbacks of PyTorch Lightning, OmegaConf's nodes) become stubs that hold nothing; they
     need not be installed. A name of Python's own library that is no data is refused: only an attack has it there.
@@ -117,10 +117,9 @@ def load_tensors(path: Path, error: type[HealthGPTError]) -> Any:
     import torch
 
     try:
-        is_zip = zipfile.is_zipfile(path)
-        foreign = _foreign_names(path) if is_zip else []
+        foreign = _foreign_names(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(_stub(name), name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged pickle raises whatever its instructions meet
         raise error(f"{path} is refused: {_one_line(problem)}; nothing in it was run") from problem
 
@@ -158,4 +157,6 @@ def _stub(name: str) -> type:
 
 
 def _one_line(problem: Exception) -> str:
-    return " ".join((reason_of(problem) or type(problem).__name__).split())
+    text = " ".join((reason_of(problem) or type(problem).__name__).split())
+    # torch says to read the file with weights_only=False, which is the one thing not to do.
+    return text.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or text

@@ -118,9 +118,9 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("training.seed=true", "training.seed=True must be int"),  # a bool is an int to Python
         ("training.seed=1.5", "training.seed=1.5 must be int"),
         ("training.seed=null", "training.seed=None must be int"),
-        ("training.num_steps=ten", "training.num_steps='ten' must be int (at least 1) or null"),
+        ("training.num_steps=ten", "training.num_steps='ten' must be int (1 to 1000000000) or null"),
         ("optimizer.lr=fast", "optimizer.lr='fast' must be float (0 to 100) or null"),
-        ("optimizer.lr=true", "optimizer.lr=True must be float (at least 0) or null"),
+        ("optimizer.lr=true", "optimizer.lr=True must be float (0 to 100) or null"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1 must be bool"),
         ("name=5", "name=5 must be str"),
         ("data.train=one", "data.train='one' must be a list, as [data/train]"),
@@ -285,12 +285,12 @@ def test_all_values_that_cannot_be_read_come_in_one_message(tmp_path: Path) -> N
         zip(
             lines[1:],
             [
-                f"{tmp_path / 'beneath.yaml'}: training.seed='x' must be int (at least 0)",
+                f"{tmp_path / 'beneath.yaml'}: training.seed='x' must be int (0 to 2147483647)",
                 f"{tmp_path / 'beneath.yaml'}: training.stage='stage4' must be one of stage1_comprehension, stage1_gen",
-                f"{run}: optimizer.lr=-1.0 must be float (at least 0) or null",
+                f"{run}: optimizer.lr=-1.0 must be float (0 to 100) or null",
                 f"{run}: unknown key optimizer.lrr; did you mean optimizer.lr?",
                 "the command line: data.packing='mix' must be one of none, by_task, mixed; did you mean mixed?",
-                "the command line: training.num_steps=0 must be int (at least 1) or null",
+                "the command line: training.num_steps=0 must be int (1 to 1000000000) or null",
             ],
             strict=True,
         ),
