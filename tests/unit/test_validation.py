@@ -239,7 +239,7 @@ def test_the_dry_run_reads_the_length_of_an_epoch_from_the_manifests(tmp_path: P
     config = tiny(*overrides, f"data.train={folders}")
     # 13 comprehension and 3 generation samples: 7 + 2 micro-batches, 4 per step, so 3 steps per epoch.
     assert "  6 steps = 48 samples drawn = 3.0 epochs of 16\n" in describe(config, 1)
-    assert "warning" not in describe(config, 1)
+    assert "warning:" not in describe(config, 1)
     config.training.stage = "stage3_generation"
     assert "  2 steps = 16 samples drawn = 5.3 epochs of 3\n" in describe(config, 1)
     assert (
