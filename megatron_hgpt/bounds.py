@@ -1,4 +1,7 @@
-"""Ranges of numbers, as part of an option's type: ``Annotated[int, AtLeast(1)]``."""
+"""Ranges of numbers, as part of an option's type: ``Annotated[int, Within(1, 4096)]``.
+
+Every number of a configuration has both ends: above the upper one a value is a slip of the pen, or takes the machine.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,9 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    """A finite number, `minimum` or more."""
-
-    minimum: float
-
-    def __str__(self) -> str:
-        return f"at least {self.minimum:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
-        return math.isfinite(value) and value >= self.minimum
+def _text(limit: float) -> str:
+    """A limit as a user would write it: whole numbers in full."""
+    return str(int(limit)) if float(limit).is_integer() and abs(limit) < 1e15 else f"{limit:g}"
 
 
 @dataclass(frozen=True)
@@ -27,11 +21,25 @@ class Above:
     minimum: float
 
     def __str__(self) -> str:
-        return f"above {self.minimum:g}"
+        return f"above {_text(self.minimum)}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` lies in the range."""
-        return math.isfinite(value) and value > self.minimum
+        return self.minimum < value < math.inf  # not math.isfinite: it fails for whole numbers beyond every float
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """`maximum` or less: beside a lower bound, what is certainly a slip of the pen above it."""
+
+    maximum: float
+
+    def __str__(self) -> str:
+        return f"at most {_text(self.maximum)}"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        return value <= self.maximum
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Within:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
+        return f"{_text(self.low)} to {_text(self.high)}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` lies in the range."""
@@ -57,11 +65,11 @@ class Below:
     high: float
 
     def __str__(self) -> str:
-        return f"at least {self.low:g} and below {self.high:g}"
+        return f"at least {_text(self.low)} and below {_text(self.high)}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` lies in the range."""
         return self.low <= value < self.high
 
 
-Bound = AtLeast | Above | Within | Below
+Bound = Above | AtMost | Within | Below

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from megatron_hgpt.bounds import Above, AtLeast, Below, Within
+from megatron_hgpt.bounds import Above, AtMost, Below, Within
 from megatron_hgpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def _resolved(name: str, value: int | None) -> int:
 class HLoRAPluginConfig:
     """One H-LoRA plugin (spec section 5)."""
 
-    lora_rank: Annotated[int, AtLeast(1)] = 64
+    lora_rank: Annotated[int, Within(1, 2**16)] = 64
     """Total rank r over all experts; must be a multiple of `num_experts`."""
-    alpha: Annotated[float, Above(0)] = 128.0
+    alpha: Annotated[float, Above(0), AtMost(10**6)] = 128.0
     """Scale is alpha / lora_rank * num_experts."""
-    num_experts: Annotated[int, AtLeast(1)] = 4
+    num_experts: Annotated[int, Within(1, 1024)] = 4
     """k: every expert is active for every token, weighted by the router."""
     dropout: Annotated[float, Below(0, 1)] = 0.05
     """Probability, on the rank axis, after A. A stage may set its own (stage-1 comprehension: 0)."""
@@ -76,9 +76,9 @@ class VisionConfig:
     """Folder of a Hugging Face `CLIPVisionModel` (config.json + safetensors); None initialises at random, loudly."""
     hf_config: dict[str, Any] = field(default_factory=dict)
     """Sizes of the tower, with config.json's names; read from `tower`, with which what stands here must agree."""
-    comprehension_hidden_state: int = -2
+    comprehension_hidden_state: Annotated[int, Within(-1000, 1000)] = -2
     """Index into HF `hidden_states` for the abstract-grained features."""
-    generation_hidden_state: int = 1
+    generation_hidden_state: Annotated[int, Within(-1000, 1000)] = 1
     """Index into HF `hidden_states` for the concrete-grained features."""
 
     @property
@@ -93,9 +93,9 @@ class VQConfig:
 
     path: str | None = None
     """Folder with `model.yaml` and `last.ckpt` in taming-transformers' layout; needed to encode and to decode."""
-    num_codes: Annotated[int, AtLeast(0)] | None = None
+    num_codes: Annotated[int, Within(0, 2**20)] | None = None
     """Codebook entries, and so the number of `<idx_*>` tokens; None takes those of `path`, without one 8192."""
-    num_indices: Annotated[int, AtLeast(0)] | None = None
+    num_indices: Annotated[int, Within(0, 2**16)] | None = None
     """Indices of one image in raster order; None takes those of `path`, without one 1024 (32 x 32)."""
 
     @property
@@ -117,9 +117,9 @@ class VQConfig:
 class VocabularyConfig:
     """Text ids, then `<start_index>`, `<idx_0>` …, `<end_index>`, `<pixel_newline>`, then padding."""
 
-    text_size: Annotated[int, AtLeast(1)] | None = None
+    text_size: Annotated[int, Within(1, 2**22)] | None = None
     """Text ids, and the id of the first VQ token; None takes the tokenizer's highest id + 1."""
-    pad_to_multiple: Annotated[int, AtLeast(1)] = 1024
+    pad_to_multiple: Annotated[int, Within(1, 2**16)] = 1024
     """Embedding and head rows are padded to this multiple: one size for every tensor-parallel size."""
 
     @property
@@ -148,7 +148,7 @@ class ModelConfig:
     """The template that the backbone was made for; None tells it from the tokenizer."""
     system_prompt: str | None = None
     """System message of the template; None means the template's own."""
-    max_seq_length: Annotated[int, AtLeast(1)] = 2048
+    max_seq_length: Annotated[int, Within(1, 2**20)] = 2048
     """Tokens of one sample after the image features are spliced in; longer samples are truncated and counted."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     vq: VQConfig = field(default_factory=VQConfig)
@@ -164,19 +164,19 @@ class ModelConfig:
 class ParallelConfig:
     """Process layout; data parallel size is world size / (tensor * pipeline * context)."""
 
-    tensor_model_parallel_size: Annotated[int, AtLeast(1)] = 1
+    tensor_model_parallel_size: Annotated[int, Within(1, 4096)] = 1
     """T: ranks that share one layer."""
     sequence_parallel: bool = False
     """Shard activations over T outside the linears; needs T > 1."""
-    pipeline_model_parallel_size: Annotated[int, AtLeast(1)] = 1
+    pipeline_model_parallel_size: Annotated[int, Within(1, 4096)] = 1
     """Pipeline stages. Tower, adapters and embedding are on the first, the head on the last."""
-    virtual_pipeline_model_parallel_size: Annotated[int, AtLeast(2)] | None = None
+    virtual_pipeline_model_parallel_size: Annotated[int, Within(2, 4096)] | None = None
     """Model chunks per pipeline stage (interleaved 1F1B); None is one, plain 1F1B."""
-    num_layers_in_first_pipeline_stage: Annotated[int, AtLeast(1)] | None = None
+    num_layers_in_first_pipeline_stage: Annotated[int, Within(1, 4096)] | None = None
     """Layers on the first stage, which also runs the tower; None splits evenly."""
-    num_layers_in_last_pipeline_stage: Annotated[int, AtLeast(1)] | None = None
+    num_layers_in_last_pipeline_stage: Annotated[int, Within(1, 4096)] | None = None
     """Layers on the last stage, which also runs the head; None splits evenly."""
-    context_parallel_size: Annotated[int, AtLeast(1)] = 1
+    context_parallel_size: Annotated[int, Within(1, 4096)] = 1
     """Ranks that share one sequence."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
@@ -206,18 +206,18 @@ class DataConfig:
     """Dataset folders (each with manifest.json); samples of all of them form one epoch."""
     validation: list[str] = field(default_factory=list)
     """Held-out dataset folders; empty means no validation loss."""
-    mixture: dict[str, Annotated[float, AtLeast(0)]] = field(default_factory=dict)
+    mixture: dict[str, Annotated[float, Within(0, 10**6)]] = field(default_factory=dict)
     """Task -> weight of its micro-batches; empty means in proportion to the samples of each task."""
     packing: Literal["none", "by_task", "mixed"] = "none"
     """none pads samples to the longest of their micro-batch; by_task packs samples of one task into rows; mixed packs
     samples of both tasks together. A packed row is one micro-batch, and batch sizes count rows."""
-    pack_length: Annotated[int, AtLeast(1)] | None = None
+    pack_length: Annotated[int, Within(1, 2**20)] | None = None
     """Tokens of a packed row at most; None takes model.max_seq_length."""
     shuffle: bool = True
     """Draw a new order of the samples in every epoch, from the seed; false keeps that of the datasets."""
-    num_workers: Annotated[int, AtLeast(0)] = 2
+    num_workers: Annotated[int, Within(0, 256)] = 2
     """Threads that decode and preprocess images ahead, per rank; 0 does it inline."""
-    max_image_side: Annotated[int, AtLeast(0)] = 0
+    max_image_side: Annotated[int, Within(0, 2**14)] = 0
     """Pixels: larger pictures are shrunk to it before the tower's own preprocessing, in the datasets and in inference
     alike; 0 keeps every picture as it is. A dataset records it, and one that was written with another is refused."""
     feature_cache: str | None = None
@@ -228,9 +228,9 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule (spec section 6); None takes the stage table's value."""
 
-    lr: Annotated[float, AtLeast(0)] | None = None
+    lr: Annotated[float, Within(0, 100)] | None = None
     """Peak learning rate of H-LoRA, embeddings, head, or (stage-1 comprehension) the adapter."""
-    adapter_lr: Annotated[float, AtLeast(0)] | None = None
+    adapter_lr: Annotated[float, Within(0, 100)] | None = None
     """Peak learning rate of the vision adapters where they train beside other groups."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
     """What the learning rate does after warm-up."""
@@ -238,15 +238,15 @@ class OptimizerConfig:
     """Share of the steps spent in linear warm-up."""
     min_lr_ratio: Annotated[float, Within(0, 1)] = 0.0
     """Learning rate at the end of the decay, as a share of the peak."""
-    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    weight_decay: Annotated[float, Within(0, 100)] = 0.0
     """AdamW's decoupled decay of all trained parameters; must be 0 while training.new_rows=rows."""
     adam_beta1: Annotated[float, Below(0, 1)] = 0.9
     """Decay of the mean of gradients per step."""
     adam_beta2: Annotated[float, Below(0, 1)] = 0.999
     """Decay of the mean of squared gradients per step."""
-    adam_eps: Annotated[float, AtLeast(0)] = 1e-8
+    adam_eps: Annotated[float, Within(0, 1)] = 1e-8
     """Added to the root of the second moment."""
-    clip_grad: Annotated[float, AtLeast(0)] = 1.0
+    clip_grad: Annotated[float, Within(0, 10**6)] = 1.0
     """Global gradient norm; 0 turns clipping off."""
     cpu_offload: bool = False
     """Keep AdamW's moments in host memory and update there: 8 bytes less per trained parameter, slower steps."""
@@ -262,18 +262,18 @@ class TrainingConfig:
     """What is trained, on which samples. stage1_comprehension: the abstract adapter. stage1_generation: the concrete
     adapter, the generation plugin, the image tokens' rows. stage2: embeddings and head, on both tasks.
     stage3_comprehension, stage3_generation: the task's plugin and adapter. *_joint: both tasks in one run."""
-    num_steps: Annotated[int, AtLeast(1)] | None = None
+    num_steps: Annotated[int, Within(1, 10**9)] | None = None
     """Optimizer steps; None lets num_epochs decide. At most one of the two is set."""
-    num_epochs: Annotated[float, Above(0)] | None = None
+    num_epochs: Annotated[float, Above(0), AtMost(10**6)] | None = None
     """Passes over the training samples; with neither set there is one."""
-    micro_batch_size: Annotated[int, AtLeast(1)] = 1
+    micro_batch_size: Annotated[int, Within(1, 4096)] = 1
     """Samples per forward pass and data-parallel rank."""
-    global_batch_size: Annotated[int, AtLeast(1)] | None = None
+    global_batch_size: Annotated[int, Within(1, 2**16)] | None = None
     """Samples per optimizer step over all ranks; None takes the stage table's value."""
     precision: Precision = "bf16"
     """bf16 or fp32 for parameters and activations, or fp8: as bf16, with the frozen GEMMs in FP8 (Transformer Engine).
     The router softmax and the loss are fp32 always."""
-    seed: Annotated[int, AtLeast(0)] = 1234
+    seed: Annotated[int, Within(0, 2**31 - 1)] = 1234
     """Seeds initialisation (by parameter name), data order and dropout."""
     train_adapters_in_stage2: bool = False
     """The paper's text and table disagree; default frozen."""
@@ -281,9 +281,9 @@ class TrainingConfig:
     """Stage-1 generation: train the new vocabulary rows only (rows), all rows (full) or none."""
     recompute: Recompute | None = None
     """Activations that are computed again in backward instead of kept; None keeps all."""
-    validation_interval_steps: Annotated[int, AtLeast(0)] = 0
+    validation_interval_steps: Annotated[int, Within(0, 10**9)] = 0
     """Optimizer steps between validations on data.validation; 0 validates after the last step only."""
-    validation_samples: Annotated[int, AtLeast(1)] | None = None
+    validation_samples: Annotated[int, Within(1, 10**9)] | None = None
     """Samples per task at most in one validation; None takes all."""
 
 
@@ -293,9 +293,9 @@ class CheckpointConfig:
 
     directory: str | None = None
     """Folder of step_* checkpoints; None means <output_dir>/checkpoints."""
-    save_interval_steps: Annotated[int, AtLeast(1)] = 500
+    save_interval_steps: Annotated[int, Within(1, 10**9)] = 500
     """Optimizer steps between checkpoints; the last step is always saved."""
-    keep_last: Annotated[int, AtLeast(0)] = 2
+    keep_last: Annotated[int, Within(0, 10**6)] = 2
     """Newest checkpoints kept; 0 keeps all."""
     async_save: bool = False
     """Go on training while a forked process per rank writes; the folder gets its name a few steps later."""
@@ -312,13 +312,13 @@ class AnomalyConfig:
     not_finite: Literal["stop", "skip", "rollback"] = "skip"
     """stop ends the run; skip leaves out the update of that step; rollback goes back to the newest healthy checkpoint
     and on with the samples behind the bad step."""
-    max_skips: Annotated[int, AtLeast(0)] = 3
+    max_skips: Annotated[int, Within(0, 10**6)] = 3
     """Steps in a row that may be left out; one more stops the run."""
-    max_rollbacks: Annotated[int, AtLeast(0)] = 3
+    max_rollbacks: Annotated[int, Within(0, 10**6)] = 3
     """Times that a run may go back; one more stops it."""
     spike: Literal["warn", "stop", "rollback"] = "warn"
     """What a loss spike does: a line on the console, or as `not_finite`."""
-    spike_factor: Annotated[float, Above(1)] = 3.0
+    spike_factor: Annotated[float, Above(1), AtMost(10**6)] = 3.0
     """A loss above this many times the median of the last 50 steps is a spike, 1 nat above it at least."""
 
 
@@ -326,17 +326,17 @@ class AnomalyConfig:
 class TimeoutsConfig:
     """Seconds after which waiting ends; each is told in docs/operations.md."""
 
-    step_warning_s: Annotated[float, Above(0)] = 60.0
+    step_warning_s: Annotated[float, Above(0), AtMost(10**7)] = 60.0
     """A step without progress: the console names the rank, where it stands and the remedy."""
-    step_limit_s: Annotated[float, Above(0)] = 900.0
+    step_limit_s: Annotated[float, Above(0), AtMost(10**7)] = 900.0
     """A step without progress: the run ends on every rank, and the launcher starts it again."""
-    start_s: Annotated[float, Above(0)] = 1800.0
+    start_s: Annotated[float, Above(0), AtMost(10**7)] = 1800.0
     """From the start of a process to its first step, weights read."""
-    loader_s: Annotated[float, Above(0)] = 600.0
+    loader_s: Annotated[float, Above(0), AtMost(10**7)] = 600.0
     """Waiting for one step's samples."""
-    save_s: Annotated[float, Above(0)] = 1800.0
+    save_s: Annotated[float, Above(0), AtMost(10**7)] = 1800.0
     """Writing one checkpoint; an asynchronous one is then given up and training goes on."""
-    collective_s: Annotated[float, Above(0)] = 1800.0
+    collective_s: Annotated[float, Above(0), AtMost(10**7)] = 1800.0
     """A collective of torch.distributed that not every rank joins."""
 
 
@@ -344,11 +344,11 @@ class TimeoutsConfig:
 class LaunchConfig:
     """How `hgpt train` looks after the processes it starts; under a torchrun of your own, its options count."""
 
-    max_restarts: Annotated[int, AtLeast(0)] = 3
+    max_restarts: Annotated[int, Within(0, 10**6)] = 3
     """Times that a failed run is started again from its newest healthy checkpoint without progress in between."""
-    restart_backoff_s: Annotated[float, AtLeast(0)] = 10.0
+    restart_backoff_s: Annotated[float, Within(0, 10**7)] = 10.0
     """Pause before the first restart; each further one without progress waits twice as long, 300 s at most."""
-    grace_s: Annotated[float, Above(0)] = 270.0
+    grace_s: Annotated[float, Above(0), AtMost(10**7)] = 270.0
     """From a signal to stop until processes that have not saved and ended are killed."""
 
 
@@ -356,14 +356,14 @@ class LaunchConfig:
 class LoggingConfig:
     """What is shown and written while training."""
 
-    interval_steps: Annotated[int, AtLeast(1)] = 10
+    interval_steps: Annotated[int, Within(1, 10**9)] = 10
     """Optimizer steps between records on the console, in metrics.jsonl and in TensorBoard; the first and the last step
     always get one."""
     tensorboard: bool = True
     """Write the figures to <output_dir>/tensorboard as well."""
-    sample_images_interval_steps: Annotated[int, AtLeast(0)] = 0
+    sample_images_interval_steps: Annotated[int, Within(0, 10**9)] = 0
     """Optimizer steps between sample images in TensorBoard; 0 draws none."""
-    num_sample_images: Annotated[int, AtLeast(1)] = 4
+    num_sample_images: Annotated[int, Within(1, 256)] = 4
     """Images drawn each time."""
     progress_bar: bool = True
     """Show a moving bar where the console is a terminal; elsewhere there are lines."""

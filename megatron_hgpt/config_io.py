@@ -11,6 +11,7 @@ Order, later wins: preset, base, file, ``key.sub=value`` overrides (values are Y
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -23,8 +24,9 @@ import yaml
 
 from megatron_hgpt.bounds import Bound
 from megatron_hgpt.config import PLUGIN_SIZES, RunConfig
-from megatron_hgpt.errors import ConfigError, did_you_mean, raise_problems
+from megatron_hgpt.errors import MOST_PROBLEMS, ConfigError, did_you_mean, raise_problems, shown
 from megatron_hgpt.files import write_atomic
+from megatron_hgpt.safe_yaml import MAX_KEY, parse_yaml, read_yaml
 
 _PRESETS = Path(__file__).parent / "presets"
 
@@ -125,19 +127,18 @@ def _read_file(path: Path, seen: tuple[Path, ...], problems: list[Problem], refi
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to itself")
     try:
-        text = path.read_text(encoding="utf-8")
+        values = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    values = _parse_yaml(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
     for key in ("preset", "base"):
         if not isinstance(values.get(key, ""), str):
-            raise ConfigError(f"{path}: {key}={values[key]!r} must be a name")
+            raise ConfigError(f"{path}: {key}={shown(values[key])} must be a name")
     beneath: dict[str, Any] = {}
     if preset := values.pop("preset", None):
         beneath = _read_preset(preset, problems, refilled)
@@ -146,33 +147,6 @@ def _read_file(path: Path, seen: tuple[Path, ...], problems: list[Problem], refi
         beneath = _merge(beneath, under, refilled)
     # Every field has a default: each file is checked, and named, by itself.
     return _merge(beneath, _checked(RunConfig, values, "", str(path), problems), refilled)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        if repeated := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{origin}: {repeated}; the later one would silently replace the earlier")
-        return yaml.safe_load(text)
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:  # PyYAML lets ValueErrors of malformed dates and numbers through
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _repeated_key(node: yaml.Node | None) -> str | None:
-    """The first key that a mapping holds twice, with its lines; YAML itself lets the last one win."""
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                return f"key {name!r} stands on lines {lines[name]} and {line}"
-            lines[name] = line
-            if found := _repeated_key(value):
-                return found
-    elif isinstance(node, yaml.SequenceNode):
-        return next(filter(None, map(_repeated_key, node.value)), None)
-    return None
 
 
 def _merge(
@@ -206,13 +180,13 @@ def _section(cls: type | None, key: str) -> type | None:
 
 def _parse_override(override: str, problems: list[Problem]) -> dict[str, Any]:
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        problems.append(Problem("", f"override {override!r} is not of the form section.key=value"))
+    if not separator or not key.strip() or len(key) > MAX_KEY or not key.isprintable():
+        problems.append(Problem("", f"override {shown(override)} is not of the form section.key=value"))
         return {}
     try:
-        value = _parse_yaml(text, f"the value of override {override!r}")
-    except ConfigError as error:
-        problems.append(Problem(key.strip(), str(error)))
+        value = parse_yaml(text)
+    except ValueError as error:
+        problems.append(Problem(key.strip(), f"the value of override {shown(override)} is not valid YAML: {error}"))
         return {}
     for part in reversed(key.strip().split(".")):
         value = {part: value}
@@ -250,7 +224,7 @@ def _checked(cls: type, values: Mapping[str, Any], prefix: str, origin: str, pro
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in kinds:
-            hint = _suggest(str(key), prefix, list(kinds))
+            hint = _suggest(str(key), prefix, list(kinds)) if len(problems) < MOST_PROBLEMS else ""
             problems.append(Problem("", f"{where}unknown key {name}{hint}"))
             continue
         section = _section(cls, key)
@@ -300,17 +274,16 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if number is not None and all(bound.holds(number) for bound in bounds):
             return number
     if any(map(_is_section, options)):
-        raise ConfigError(f"{name} must be a section (a mapping), got {value!r}")
+        raise ConfigError(f"{name} must be a section (a mapping), got {shown(value)}")
     hints = [_choice_hint(option, value) for option in options if option is not type(None)]
-    raise ConfigError(f"{name}={value!r} must be {describe_type(kind)}{''.join(hints)}")
+    raise ConfigError(f"{name}={shown(value)} must be {describe_type(kind)}{''.join(hints)}")
 
 
 def _scalar(kind: Any, value: Any) -> Any:
     """`value` as int, str, bool or float; None where it is something else."""
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str) and _is_number(value):
-        return float(value)  # YAML reads 1e-3 (no dot) as text
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # no number, or a whole one beyond every float
+            return float(value)  # YAML reads 1e-3 (no dot) as text
     return value if kind in (int, str, bool) and type(value) is kind else None
 
 
@@ -354,14 +327,6 @@ def describe_type(kind: Any) -> str:
             ranges = f" ({', '.join(map(str, bounds))})" if bounds else ""
             words.append(f"{getattr(plain, '__name__', str(plain))}{ranges}")
     return " or ".join(words)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

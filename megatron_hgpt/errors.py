@@ -36,6 +36,10 @@ class SkipSample(HealthGPTError):  # noqa: N818  (a signal to the caller, not a 
         self.detail = detail
 
 
+MOST_PROBLEMS = 50
+"""Of a configuration, that are said at once."""
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, without the number and the path that the system's own text has: messages name the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -43,8 +47,17 @@ def reason_of(error: Exception) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """``"; did you mean <prefix><nearest>?"`` for the end of a message; empty where nothing known is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:100], list(known), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, shortened to what a line of a terminal can bear."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; a list in a list in a list …
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:100]} … {text[-20:]} ({len(text)} characters)"
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -53,5 +66,7 @@ def raise_problems(problems: Sequence[str]) -> None:
     if len(different) == 1:
         raise ConfigError(different[0])
     if different:
-        lines = [f"  {number}. {problem}" for number, problem in enumerate(different, start=1)]
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(different[:MOST_PROBLEMS], start=1)]
+        left = len(different) - len(lines)
+        lines += [f"  … and {left} more"] if left else []
         raise ConfigError("\n".join([f"{len(different)} problems", *lines]))

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,23 @@ def _is_alive(pid: int) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+def why_not_writable(path: Path, *, is_folder: bool) -> str | None:
+    """Why no file (or folder) of that name could be written; None where it could: tried with a file without a name."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # says what else is wrong with the name, as its length
+        if not is_folder and path.is_dir():
+            return "it is a folder"
+        places = (path, *path.absolute().parents) if is_folder else path.absolute().parents
+        nearest = next(place for place in places if os.path.lexists(place))
+        if not nearest.is_dir():
+            return f"{nearest} is not a folder"
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return reason_of(error)
 
 
 def read_json(path: Path, error: type[HealthGPTError] = DataError) -> Json:

@@ -7,7 +7,6 @@ value, and what to do; all of them come at once.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ from megatron_hgpt.config_io import Problem, check_types
 from megatron_hgpt.data.dataset import manifest_problems
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
 from megatron_hgpt.errors import ConfigError, DataError, raise_problems
-from megatron_hgpt.files import read_json
+from megatron_hgpt.files import read_json, why_not_writable
 from megatron_hgpt.model_folders import absent_folders, resolve_model, with_read_problems
 from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.stages import Stage, resolve_stage
@@ -63,10 +62,16 @@ def find_problems(
     problems = [*resolve_model(config), *_problems(config, world_size)]
     problems += _dataset_problems(config)
     if check_paths:
-        _attempt(problems, resolve_transformer_impl, config.model, config.training)
-        requirements: list[str] = _attempt(problems, list, missing_requirements(config)) or []
-        problems += [*requirements, *_missing_trackers(config), *_missing_paths(config)]
+        problems += [*missing_packages(config), *_missing_paths(config)]
     return list(dict.fromkeys(with_read_problems(problems, [*read, *wrong])))
+
+
+def missing_packages(config: RunConfig) -> list[str]:
+    """What this machine lacks for layers, engine and trackers, as messages."""
+    problems: list[str] = []
+    _attempt(problems, resolve_transformer_impl, config.model, config.training)
+    requirements: list[str] = _attempt(problems, list, missing_requirements(config)) or []
+    return [*problems, *requirements, *_missing_trackers(config)]
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *arguments: Any) -> _T | None:
@@ -354,11 +359,10 @@ def _missing_paths(config: RunConfig) -> Iterator[str]:
     if model.tokenizer is None and model.backbone is None:
         yield _NO_TOKENIZER
     yield from missing_inputs(config)
-    parent = Path(config.output_dir).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        yield f"output_dir={config.output_dir} cannot be written"
+    outputs = {"output_dir": config.output_dir, "checkpoint.directory": config.checkpoint.directory}
+    for name, value in outputs.items():
+        if value is not None and (problem := why_not_writable(Path(value), is_folder=True)):
+            yield f"{name}={value} cannot be written: {problem}; name another place"
     yield from _used_folder(config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_hgpt.bounds import Within
 from megatron_hgpt.cli import frame
 from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
 from megatron_hgpt.errors import ConfigError
@@ -30,12 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", choices=("task", "both"), default="task", help="the sample's task's only, or both")
     parser.add_argument("--dtype", metavar="TYPE", help="stored: bf16, fp16, fp32 (default: training.precision)")
     parser.add_argument(
-        "--batch-size", type=frame.at_least(1), default=32, metavar="N", help="pictures per pass of the tower"
+        "--batch-size",
+        type=frame.number(int, Within(1, 4096)),
+        default=32,
+        metavar="N",
+        help="pictures per pass of the tower",
     )
     parser.add_argument(
-        "--workers", type=frame.at_least(0), default=2, metavar="N", help="threads that decode pictures"
+        "--workers", type=frame.number(int, Within(0, 256)), default=2, metavar="N", help="threads that decode pictures"
     )
-    parser.add_argument("--device", help="of the tower (default: the process's GPU, else cpu)")
+    parser.add_argument("--device", type=frame.device, help="of the tower (default: the process's GPU, else cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache that is there already")
 
 
@@ -47,8 +52,12 @@ def run(arguments: argparse.Namespace) -> None:
     folders = arguments.dataset or [Path(folder) for folder in (*config.data.train, *config.data.validation)]
     if not folders:
         raise ConfigError("no dataset folder: pass --dataset, or set data.train")
+    if Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"--name {name} must be the plain name of a sub-folder of each dataset folder")
+    frame.require_device(arguments.device)
     for folder in folders:
         frame.require_folder(folder, "--dataset" if arguments.dataset else "data.train or data.validation:")
+        frame.require_writable(folder / name, "the cache", is_folder=True)
     from megatron_hgpt.data.feature_cache import DTYPES
     from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
     from megatron_hgpt.samples import TASKS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_hgpt.bounds import Within
 from megatron_hgpt.cli import frame
 
 HELP = "train, use and report a tiny HealthGPT on real small medical images"
@@ -25,13 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/demo, or runs/demo-smollm2")
     parser.add_argument(
-        "--vqgan-steps", type=frame.at_least(2), default=500, metavar="N", help="of the VQGAN's training (default: 500)"
+        "--vqgan-steps",
+        type=frame.number(int, Within(2, 10**6)),
+        default=500,
+        metavar="N",
+        help="of the VQGAN's training (default: 500)",
     )
     parser.add_argument(
-        "--max-vqa", type=frame.at_least(0), default=120, metavar="N", help="questions per split (default: 120)"
+        "--max-vqa",
+        type=frame.number(int, Within(0, 10**6)),
+        default=120,
+        metavar="N",
+        help="questions per split (default: 120)",
     )
     parser.add_argument(
-        "--max-images", type=frame.at_least(0), default=40, metavar="N", help="pictures per split (default: 40)"
+        "--max-images",
+        type=frame.number(int, Within(0, 10**6)),
+        default=40,
+        metavar="N",
+        help="pictures per split (default: 40)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to every stage's configuration")
 

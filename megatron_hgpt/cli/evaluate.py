@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hgpt.bounds import Within
 from megatron_hgpt.cli import frame
 from megatron_hgpt.errors import ConfigError
 
@@ -37,10 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="training file: its most frequent answers are scored beside"
     )
-    parser.add_argument("--max-vqa", type=frame.at_least(0), metavar="N", help="questions per split at most")
-    parser.add_argument("--max-images", type=frame.at_least(0), metavar="N", help="pictures per split at most")
     parser.add_argument(
-        "--max-new-tokens", type=frame.at_least(1), default=64, metavar="N", help="per answer (default: 64)"
+        "--max-vqa", type=frame.number(int, Within(0, 10**9)), metavar="N", help="questions per split at most"
+    )
+    parser.add_argument(
+        "--max-images", type=frame.number(int, Within(0, 10**9)), metavar="N", help="pictures per split at most"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=frame.number(int, Within(1, 2**16)),
+        default=64,
+        metavar="N",
+        help="per answer (default: 64)",
     )
     frame.add_overrides(parser)
 
@@ -75,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     train: Path | None = arguments.baseline
     if train is not None:
         frame.require_file(train, "--baseline")
-    arguments.output.mkdir(parents=True, exist_ok=True)  # refused now, and not after the last answer
+    frame.require_writable(arguments.output, "--output", is_folder=True)
     from megatron_hgpt import distributed
     from megatron_hgpt.evaluation.runner import evaluate, majority_baseline
     from megatron_hgpt.evaluation.store import save_results

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
-import math
 import re
 import signal
 import sys
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hgpt import __version__
+from megatron_hgpt.bounds import Bound
 from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
 from megatron_hgpt.environment import (
@@ -25,7 +26,9 @@ from megatron_hgpt.environment import (
     rank_from_environment,
     use_one_hardware_queue,
 )
-from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean
+from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean, shown
+from megatron_hgpt.files import why_not_writable
+from megatron_hgpt.rounding import plural
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -304,31 +307,47 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def at_least(limit: int) -> Any:
-    """The type of an option that is a whole number of at least `limit`."""
+def number(kind: type[int] | type[float], *bounds: Bound) -> Callable[[str], int | float]:
+    """The type of an option that is a number within bounds."""
+    what = f"a {'whole ' if kind is int else ''}number ({', '.join(map(str, bounds))})"
 
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = limit - 1
-        if number < limit:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {limit}")
-        return number
-
-    return parse
-
-
-def real(what: str, is_valid: Callable[[float], bool]) -> Any:
-    """The type of an option that is a number, `what` in words."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not is_valid(number):
-            raise argparse.ArgumentTypeError(f"{text!r} must be {what}")
-        return number
+    def parse(text: str) -> int | float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if all(bound.holds(value) for bound in bounds):
+                return value
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be {what}")
 
     return parse
+
+
+def device(text: str) -> str:
+    """The type of an option that is a device: cpu, cuda, cuda:3."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be cpu, cuda or cuda:N")
+    return text
+
+
+def require_device(name: str | None) -> None:
+    """Refuse a GPU that this machine does not have; None and cpu are no question.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    if name is None or name == "cpu":
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= count:
+        raise ConfigError(f"--device {name}: this machine has {plural(count, 'GPU')}; use cpu, or one of them")
+
+
+def require_writable(path: Path | None, option: str, *, is_folder: bool = False) -> None:
+    """Refuse an output that cannot be written, before any work for it; None is no output.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if path is not None and (problem := why_not_writable(path, is_folder=is_folder)):
+        raise ConfigError(f"{option} {path} cannot be written: {problem}; name another place")

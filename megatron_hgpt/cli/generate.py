@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hgpt.bounds import Above, AtMost, Within
 from megatron_hgpt.cli import frame
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
 
@@ -39,16 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draw", type=Path, metavar="PNG", help="draw a picture into this file instead of answering")
     parser.add_argument("--free", action="store_true", help="draw without forcing the right number of image tokens")
     parser.add_argument(
-        "--max-new-tokens", type=frame.at_least(1), default=128, metavar="N", help="of the answer (default: 128)"
+        "--max-new-tokens",
+        type=frame.number(int, Within(1, 2**16)),
+        default=128,
+        metavar="N",
+        help="of the answer (default: 128)",
     )
-    not_negative = frame.real("a number of at least 0", lambda value: 0 <= value < math.inf)
-    parser.add_argument("--temperature", type=not_negative, default=0.0, metavar="T", help="0 is greedy (default)")
+    temperature = frame.number(float, Within(0, 100))
+    parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument(
-        "--top-k", type=frame.at_least(0), default=0, metavar="K", help="of the K likeliest tokens; 0 is all"
+        "--top-k",
+        type=frame.number(int, Within(0, 2**22)),
+        default=0,
+        metavar="K",
+        help="of the K likeliest tokens; 0 is all",
     )
-    share = frame.real("a number above 0 and at most 1", lambda value: 0 < value <= 1)
+    share = frame.number(float, Above(0), AtMost(1))
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="of the fewest tokens that reach P")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choice")
+    parser.add_argument(
+        "--seed", type=frame.number(int, Within(0, 2**31 - 1)), default=0, metavar="N", help="of the random choice"
+    )
     frame.add_overrides(parser)
 
 
@@ -99,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
         frame.require_file(file, "--image")
     if arguments.draw:
         check_drawn(arguments.draw)
-        arguments.draw.parent.mkdir(parents=True, exist_ok=True)
+        frame.require_writable(arguments.draw, "--draw")
     question = complete_question(arguments.question, len(arguments.image))
     pictures = read_pictures(arguments.image)
     from megatron_hgpt import distributed
@@ -126,6 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
             (result,) = loaded.generator.answer([prompt], max_new_tokens=arguments.max_new_tokens, sampling=sampling)
         if rank_from_environment() == 0:  # every tensor-parallel rank has the same result
             if arguments.draw:
+                arguments.draw.parent.mkdir(parents=True, exist_ok=True)
                 image.save(arguments.draw)
             frame.write(result)
     finally:

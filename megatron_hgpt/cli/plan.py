@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hgpt.bounds import Above, AtMost, Within
 from megatron_hgpt.cli import frame
 from megatron_hgpt.errors import ConfigError
 
@@ -47,19 +48,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The cluster, what is assumed, and what is written."""
     frame.add_configuration(parser)
     batch = parser.add_argument_group("samples")
-    batch.add_argument("--supervised-tokens", type=int, metavar="N", help="per sample, for every task")
-    batch.add_argument("--images-per-sample", type=int, default=1, metavar="N", help="default: 1")
+    batch.add_argument(
+        "--supervised-tokens", type=frame.number(int, Within(1, 2**20)), metavar="N", help="per sample, for every task"
+    )
+    batch.add_argument(
+        "--images-per-sample", type=frame.number(int, Within(0, 1024)), default=1, metavar="N", help="default: 1"
+    )
     cluster = parser.add_argument_group("cluster")
-    cluster.add_argument("--num-gpus", type=int, default=8, metavar="N", help="default: 8")
-    cluster.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    cluster.add_argument(
+        "--num-gpus", type=frame.number(int, Within(1, 10**5)), default=8, metavar="N", help="default: 8"
+    )
+    cluster.add_argument(
+        "--gpus-per-node", type=frame.number(int, Within(1, 1024)), default=8, metavar="N", help="default: 8"
+    )
     cluster.add_argument("--gpu", default="h100", metavar="NAME", help="a100-40, a100-80, h100, h200 or b200")
+    positive = frame.number(float, Above(0), AtMost(10**6))
     for name, unit in _GPU_FIELDS.items():
-        cluster.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{unit}, not the table's")
+        cluster.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="X", help=f"{unit}, not the table's")
     assumed = parser.add_argument_group("assumptions")
     for name, text in _ASSUMPTIONS.items():
-        assumed.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=text)
+        assumed.add_argument(
+            f"--{name.replace('_', '-')}", type=frame.number(float, Within(0, 10**6)), metavar="X", help=text
+        )
     output = parser.add_argument_group("output")
-    output.add_argument("--top", type=frame.at_least(1), default=16, metavar="N", help="layouts shown (default: 16)")
+    output.add_argument(
+        "--top", type=frame.number(int, Within(1, 10**6)), default=16, metavar="N", help="layouts shown (default: 16)"
+    )
     output.add_argument("--json", type=Path, metavar="FILE", help="everything, in bytes and seconds")
     output.add_argument("--chart", type=Path, metavar="FILE.svg", help="the memory as bars")
     output.add_argument("--check", action="store_true", help="compare the formulas with a small model that runs here")
@@ -116,6 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Plan, or check the formulas."""
     if arguments.chart and arguments.chart.suffix != ".svg":
         raise ConfigError(f"--chart {arguments.chart}: charts are drawn as .svg; name the file so")
+    frame.require_writable(arguments.json, "--json")
+    frame.require_writable(arguments.chart, "--chart")
     if arguments.check:
         from megatron_hgpt.planner.measure import check_here
 

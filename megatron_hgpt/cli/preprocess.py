@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_hgpt.bounds import Within
 from megatron_hgpt.cli import frame
 
 HELP = "write a dataset folder from VL-Health records and their pictures"
@@ -27,14 +28,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="of image paths (default: each file's)")
     parser.add_argument("--source", metavar="NAME", help="of the source in the statistics (default: each file's)")
     parser.add_argument(
-        "--workers", type=frame.at_least(0), default=0, metavar="N", help="threads that decode pictures; 0 is inline"
+        "--workers",
+        type=frame.number(int, Within(0, 256)),
+        default=0,
+        metavar="N",
+        help="threads that decode pictures; 0 is inline",
     )
     parser.add_argument(
-        "--window", type=frame.at_least(1), default=32, metavar="N", help="records at once, and the VQGAN's batch"
+        "--window",
+        type=frame.number(int, Within(1, 4096)),
+        default=32,
+        metavar="N",
+        help="records at once, and the VQGAN's batch",
     )
-    parser.add_argument("--device", default="cpu", help="of the VQGAN (default: cpu)")
+    parser.add_argument("--device", type=frame.device, default="cpu", help="of the VQGAN (default: cpu)")
     parser.add_argument(
-        "--max-consecutive-skips", type=frame.at_least(1), default=100, metavar="N", help="unusable records that stop"
+        "--max-consecutive-skips",
+        type=frame.number(int, Within(1, 10**9)),
+        default=100,
+        metavar="N",
+        help="unusable records that stop",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there already")
 
@@ -45,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_hgpt.errors import raise_problems
     from megatron_hgpt.model_folders import read_run, resolve_model, with_read_problems
 
+    frame.require_writable(arguments.output, "--output", is_folder=True)
+    frame.require_device(arguments.device)
     config, read = read_run(arguments.config, arguments.overrides, arguments.preset)
     problems = [*resolve_model(config), *preprocess_problems(config, arguments.input, arguments.image_root)]
     raise_problems(with_read_problems(problems, read))  # of the configuration, the records and the pictures at once

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the page and say where."""
     if not (arguments.run or arguments.evaluation):
         raise ConfigError("the report would be empty: name a stage with --run or a split with --evaluation")
+    frame.require_writable(arguments.out, "--out")
     from megatron_hgpt.report.page import write_report
 
     write_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_hgpt.bounds import Within
 from megatron_hgpt.cli import frame
 
 HELP = "train a small VQGAN (one index per 8 x 8 pixels) on your own pictures, on a CPU"
@@ -26,21 +27,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="of records' paths (default: each file's)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder of the VQGAN")
     parser.add_argument(
-        "--resolution", type=frame.at_least(8), default=64, metavar="N", help="pixels a side, 8 x n (default: 64)"
+        "--resolution",
+        type=frame.number(int, Within(8, 1024)),
+        default=64,
+        metavar="N",
+        help="pixels a side, 8 x n (default: 64)",
     )
     parser.add_argument(
-        "--num-codes", type=frame.at_least(1), default=256, metavar="N", help="of the codebook (default: 256)"
+        "--num-codes",
+        type=frame.number(int, Within(1, 2**16)),
+        default=256,
+        metavar="N",
+        help="of the codebook (default: 256)",
     )
     parser.add_argument(
-        "--steps", type=frame.at_least(2), default=500, metavar="N", help="optimizer steps (default: 500)"
+        "--steps",
+        type=frame.number(int, Within(2, 10**7)),
+        default=500,
+        metavar="N",
+        help="optimizer steps (default: 500)",
     )
-    parser.add_argument("--seed", type=frame.at_least(0), default=0, metavar="N", help="of all chance (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=frame.number(int, Within(0, 2**31 - 1)),
+        default=0,
+        metavar="N",
+        help="of all chance (default: 0)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, measure, and say what to set."""
     from megatron_hgpt.vl_health.vqgan_pictures import train_on_pictures
 
+    frame.require_writable(arguments.output, "--output", is_folder=True)
     figures = train_on_pictures(
         arguments.images,
         arguments.output,

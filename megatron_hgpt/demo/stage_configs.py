@@ -6,6 +6,7 @@ A folder is replaced only where a file of the demo says that it is the demo's.
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump, load_config
 from megatron_hgpt.demo.assets import MARKER as ASSET_MARKER
 from megatron_hgpt.demo.assets import digest
 from megatron_hgpt.errors import ConfigError, DataError, raise_problems
-from megatron_hgpt.files import read_json, write_atomic
+from megatron_hgpt.files import read_json, why_not_writable, write_atomic
 from megatron_hgpt.model_folders import load_resolved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +35,7 @@ OWN_KEYS = (
     "data.train",
     "data.validation",
     "checkpoint.init_from",
+    "checkpoint.directory",
     "model.backbone",
     "model.tokenizer",
     "model.vision.tower",
@@ -43,31 +44,32 @@ OWN_KEYS = (
 """What the demo sets itself: an override would send its steps to different folders."""
 
 
+NEEDED_BYTES = 200 * 2**20
+"""Everything of the tiny demo is 90 MB; a checkpoint takes its place beside the one before."""
+
+
 def check_before_building(output: Path, backbone: str, overrides: Sequence[str]) -> None:
     """Refuse in the first seconds what a stage would refuse after minutes.
 
     Raises:
         ConfigError: one for all that is wrong in the stages' configurations with the overrides.
-        DataError: a folder that the demo writes is there and is not its own.
+        DataError: a folder that the demo writes is there and is not its own, or cannot be written.
     """
-    configs = _load_all(backbone, overrides)
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in OWN_KEYS:
-            raise ConfigError(f"{override}: the demo sets {key} itself; choose its folder with --output")
+    configs = [load_config(_shipped(backbone, stage), overrides) for stage in STAGES]
+    shipped = load_config(_shipped(backbone, STAGES[0]))
+    for key in OWN_KEYS:  # also where a whole section was given, as model={backbone: x}
+        if operator.attrgetter(key)(configs[0]) != operator.attrgetter(key)(shipped):
+            raise ConfigError(f"{' '.join(overrides)}: the demo sets {key} itself; choose its folder with --output")
+    _refuse_full(output)
     _refuse_foreign(output)
     from megatron_hgpt.batching import replica_size
-    from megatron_hgpt.validation import find_problems
+    from megatron_hgpt.validation import find_problems, missing_packages
 
-    problems = []
+    problems = missing_packages(configs[0])
     for config in configs:
         config.data.train = [str(output / "data" / "not written yet")]
         problems += find_problems(config, max(1, replica_size(config.parallel)), check_paths=False)
     raise_problems(problems)
-
-
-def _load_all(backbone: str, overrides: Sequence[str]) -> list[RunConfig]:
-    return [load_config(_shipped(backbone, stage), overrides) for stage in STAGES]
 
 
 def _shipped(backbone: str, stage: str) -> Path:
@@ -82,6 +84,17 @@ def _refuse_foreign(output: Path) -> None:
         folder = output / "data" / name
         if folder.exists() and not (_settings_file(folder).is_file() or is_of_demo):
             raise _foreign(folder)
+
+
+def _refuse_full(output: Path) -> None:
+    if problem := why_not_writable(output, is_folder=True):
+        raise DataError(f"--output {output} cannot be written: {problem}; name another place")
+    free = shutil.disk_usage(next(place for place in (output, *output.parents) if place.exists())).free
+    if free < NEEDED_BYTES:
+        raise DataError(
+            f"--output {output} has {free / 2**20:.0f} MiB free, the demo needs {NEEDED_BYTES / 2**20:.0f} MiB; "
+            "nothing was written: make room, or name another place"
+        )
 
 
 def _foreign(folder: Path) -> DataError:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_hgpt.backbone.implementation import LOCAL, resolve_transformer_impl
-from megatron_hgpt.config import RunConfig
+from megatron_hgpt.config import EngineConfig, RunConfig
 from megatron_hgpt.errors import did_you_mean
 
 _OPEN_SECTIONS = (
@@ -31,9 +31,13 @@ def engine_problems(config: RunConfig) -> Iterator[str]:
     """What does not fit together in `engine` and the sections it touches, as messages."""
     engine, parallel = config.engine, config.parallel
     if engine.name == "megatron":
-        for name, idle in (("offload_optimizer", "none"), ("offload_parameters", "none"), ("overrides", {})):
-            if getattr(engine, name) != idle:
-                yield f"engine.{name}={getattr(engine, name)} needs engine.name=deepspeed; engine.name is megatron"
+        idle = EngineConfig()
+        for name in ("zero_stage", "offload_optimizer", "offload_parameters", "overrides"):
+            if (value := getattr(engine, name)) != getattr(idle, name):
+                yield (
+                    f"engine.{name}={value} needs engine.name=deepspeed and is ignored by megatron; leave it out, or "
+                    "set engine.name"
+                )
         return
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         if getattr(parallel, name) != 1:

@@ -6,18 +6,18 @@ The architecture and the parameter names are those of `taming.models.vqgan.Gumbe
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 
-from megatron_hgpt.errors import CheckpointError, ConfigError, DataError
+from megatron_hgpt.errors import CheckpointError, ConfigError, DataError, shown
+from megatron_hgpt.safe_pickle import load_tensors
+from megatron_hgpt.safe_yaml import read_yaml
 from megatron_hgpt.vision.vqgan_blocks import AutoencoderConfig, Decoder, Encoder
 
 GUMBEL = "taming.models.vqgan.GumbelVQ"
@@ -43,35 +43,34 @@ class VQGANConfig:
             ConfigError: another model class, a field is missing, unknown or has a wrong value.
         """
         try:
-            content = yaml.safe_load(path.read_text())
-            if not isinstance(content, dict):
-                raise ConfigError(f"{path} holds a {type(content).__name__}; it needs a mapping with the key model")
-            model = content["model"]
-            target, params = model["target"], model["params"]
-            autoencoder = dict(params["ddconfig"])
-            embed_dim, n_embed = params["embed_dim"], params["n_embed"]
+            content = read_yaml(path)
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {path}: {error}; a VQGAN folder has model.yaml and last.ckpt"
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path} is not YAML: {error}") from error
-        except ConfigError:
-            raise
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds a {type(content).__name__}; it needs a mapping with the key model")
+        try:
+            model = content["model"]
+            target, params = model["target"], dict(model["params"])
+            autoencoder = dict(params["ddconfig"])
+            embed_dim, n_embed = params["embed_dim"], params["n_embed"]
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path} lacks {error}; it needs model.target and model.params with embed_dim, n_embed, ddconfig"
             ) from error
         if target not in (GUMBEL, NEAREST):
-            raise ConfigError(f"{path}: model.target={target!r} is not supported; use {GUMBEL} or {NEAREST}")
+            raise ConfigError(f"{path}: model.target={shown(target)} is not supported; use {GUMBEL} or {NEAREST}")
         if params.get("remap") is not None:
             raise ConfigError(
-                f"{path}: model.params.remap={params['remap']!r} renumbers the indices; it must be absent"
+                f"{path}: model.params.remap={shown(params['remap'])} renumbers the indices; it must be absent"
             )
         return cls(
             target=target,
-            embed_dim=_positive(path, "embed_dim", embed_dim),
-            n_embed=_positive(path, "n_embed", n_embed),
+            embed_dim=_size(path, "embed_dim", embed_dim, 2**14),
+            n_embed=_size(path, "n_embed", n_embed, 2**20),
             ddconfig=_autoencoder_config(path, autoencoder),
         )
 
@@ -148,7 +147,7 @@ class VQGAN(nn.Module):
             model = cls(config)
         state = _read_state(folder / "last.ckpt")
         _check_state(folder / "last.ckpt", state, model.state_dict())
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
         return model.to(device).requires_grad_(False)
 
     def train(self, mode: bool = True) -> VQGAN:
@@ -225,24 +224,35 @@ class VQGAN(nn.Module):
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def _positive(path: Path, name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path}: {name}={value!r} must be a positive integer")
+def _size(path: Path, name: str, value: object, most: int) -> int:
+    """A size of the architecture; above `most` no VQGAN has it, and building it would take the machine's memory."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigError(f"{path}: {name}={shown(value)} must be a positive integer, at most {most}")
     return value
+
+
+_LARGEST = {"z_channels": 2**14, "resolution": 2**13, "in_channels": 3, "out_ch": 3, "ch": 2**12, "num_res_blocks": 64}
+"""Of ddconfig."""
+_MOST_LEVELS = 16
 
 
 def _autoencoder_config(path: Path, values: dict[str, Any]) -> AutoencoderConfig:
     known = {field.name for field in fields(AutoencoderConfig)}
-    missing, unknown = sorted(known - {"double_z", "dropout", "norm_groups"} - set(values)), sorted(set(values) - known)
+    missing = sorted(known - {"double_z", "dropout", "norm_groups"} - set(values))
+    unknown = sorted(set(map(str, values)) - known)
     if missing or unknown:
-        raise ConfigError(f"{path}: ddconfig lacks {missing} and has unknown {unknown}; known are {sorted(known)}")
-    _positive(path, "ddconfig.norm_groups", values.get("norm_groups", 32))
-    for name in ("z_channels", "resolution", "in_channels", "out_ch", "ch", "num_res_blocks"):
-        _positive(path, f"ddconfig.{name}", values[name])
-    for name in ("ch_mult", "attn_resolutions"):
-        if not isinstance(values[name], (list, tuple)):
-            raise ConfigError(f"{path}: ddconfig.{name}={values[name]!r} must be a list of integers")
-        values[name] = tuple(_positive(path, f"ddconfig.{name}", value) for value in values[name])
+        raise ConfigError(
+            f"{path}: ddconfig lacks {missing} and has unknown {shown(unknown)}; known are {sorted(known)}"
+        )
+    _size(path, "ddconfig.norm_groups", values.get("norm_groups", 32), 2**12)
+    for name, most in _LARGEST.items():
+        _size(path, f"ddconfig.{name}", values[name], most)
+    for name, most in (("ch_mult", 64), ("attn_resolutions", 2**13)):
+        if not isinstance(values[name], (list, tuple)) or len(values[name]) > _MOST_LEVELS:
+            raise ConfigError(
+                f"{path}: ddconfig.{name}={shown(values[name])} must be a list of integers, {_MOST_LEVELS} at most"
+            )
+        values[name] = tuple(_size(path, f"ddconfig.{name}", value, most) for value in values[name])
     config = AutoencoderConfig(**values)
     if not config.ch_mult or config.resolution % 2 ** (len(config.ch_mult) - 1):
         raise ConfigError(
@@ -260,17 +270,16 @@ def _autoencoder_config(path: Path, values: dict[str, Any]) -> AutoencoderConfig
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        return {name: tensor.float() for name, tensor in state.items() if not name.startswith("loss.")}
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds Python objects beside its tensors, which could run code when read. If you "
-            "trust it, strip it once: torch.save({'state_dict': torch.load(path, map_location='cpu', "
-            f"weights_only=False)['state_dict']}}, path). Reason: {error}"
-        ) from error
-    except (OSError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as {{'state_dict': tensors}}: {error!r}") from error
+    """The tensors of the autoencoder as they were stored; those of the training loss are left out."""
+    content = load_tensors(path, CheckpointError)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no 'state_dict': a VQGAN's last.ckpt is {{'state_dict': tensors}}")
+    state = {name: tensor for name, tensor in state.items() if not str(name).startswith("loss.")}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: state_dict holds {shown(name)}, a {type(tensor).__name__}, beside tensors")
+    return state
 
 
 def _check_state(path: Path, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -282,5 +291,6 @@ def _check_state(path: Path, state: dict[str, torch.Tensor], expected: dict[str,
     ]
     if missing or unexpected or reshaped:
         raise CheckpointError(
-            f"{path} does not fit model.yaml beside it: missing {missing}, unexpected {unexpected}, shapes {reshaped}"
+            f"{path} does not fit model.yaml beside it: missing {missing[:9]}, unexpected {shown(unexpected[:9])}, "
+            f"shapes {reshaped[:9]}"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_hgpt.bounds import Above, AtLeast, Below, Within
+from megatron_hgpt.bounds import Above, AtMost, Below, Within
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import check_types, dump, load_config, preset_names, read_config, save_config, to_dict
 from megatron_hgpt.errors import ConfigError
@@ -118,9 +118,9 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("training.seed=true", "training.seed=True must be int"),  # a bool is an int to Python
         ("training.seed=1.5", "training.seed=1.5 must be int"),
         ("training.seed=null", "training.seed=None must be int"),
-        ("training.num_steps=ten", "training.num_steps='ten' must be int (at least 1) or null"),
-        ("optimizer.lr=fast", "optimizer.lr='fast' must be float (at least 0) or null"),
-        ("optimizer.lr=true", "optimizer.lr=True must be float (at least 0) or null"),
+        ("training.num_steps=ten", "training.num_steps='ten' must be int (1 to 1000000000) or null"),
+        ("optimizer.lr=fast", "optimizer.lr='fast' must be float (0 to 100) or null"),
+        ("optimizer.lr=true", "optimizer.lr=True must be float (0 to 100) or null"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel=1 must be bool"),
         ("name=5", "name=5 must be str"),
         ("data.train=one", "data.train='one' must be a list, as [data/train]"),
@@ -214,7 +214,7 @@ def test_files_that_lead_to_each_other_are_refused(tmp_path: Path) -> None:
 def test_a_repeated_key_is_refused_because_the_first_would_be_lost(
     text: str, key: str, lines: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"run.yaml: key '{key}' stands on lines {lines}"):
+    with pytest.raises(ConfigError, match=f"run.yaml is not valid YAML: key '{key}' stands on lines {lines}"):
         load_config(write(tmp_path, "run.yaml", text))
 
 
@@ -285,12 +285,12 @@ def test_all_values_that_cannot_be_read_come_in_one_message(tmp_path: Path) -> N
         zip(
             lines[1:],
             [
-                f"{tmp_path / 'beneath.yaml'}: training.seed='x' must be int (at least 0)",
+                f"{tmp_path / 'beneath.yaml'}: training.seed='x' must be int (0 to 2147483647)",
                 f"{tmp_path / 'beneath.yaml'}: training.stage='stage4' must be one of stage1_comprehension, stage1_gen",
-                f"{run}: optimizer.lr=-1.0 must be float (at least 0) or null",
+                f"{run}: optimizer.lr=-1.0 must be float (0 to 100) or null",
                 f"{run}: unknown key optimizer.lrr; did you mean optimizer.lr?",
                 "the command line: data.packing='mix' must be one of none, by_task, mixed; did you mean mixed?",
-                "the command line: training.num_steps=0 must be int (at least 1) or null",
+                "the command line: training.num_steps=0 must be int (1 to 1000000000) or null",
             ],
             strict=True,
         ),
@@ -318,7 +318,7 @@ def test_a_value_set_in_python_is_read_as_strictly_as_a_file_s() -> None:
     assert [problem.message for problem in problems] == [
         "name=None must be str",
         "model.hlora.generation.dropout=1.0 must be float (at least 0 and below 1)",
-        "optimizer.lr='fast' must be float (at least 0) or null",
+        "optimizer.lr='fast' must be float (0 to 100) or null",
     ]
     assert (checked.optimizer.lr, checked.name) == (None, "run")
 
@@ -326,8 +326,8 @@ def test_a_value_set_in_python_is_read_as_strictly_as_a_file_s() -> None:
 @pytest.mark.parametrize(
     ("bound", "inside", "outside", "text"),
     [
-        (AtLeast(1), [1, 2], [0, float("nan"), float("inf")], "at least 1"),
-        (Above(0), [0.1], [0, -1, float("nan"), float("inf")], "above 0"),
+        (AtMost(2**31 - 1), [1, -2], [2**31, 10**400, float("nan"), float("inf")], "at most 2147483647"),
+        (Above(0), [0.1, 10**400], [0, -1, float("nan"), float("inf")], "above 0"),
         (Within(0, 1), [0, 1], [-0.1, 1.1, float("nan")], "0 to 1"),
         (Below(0, 1), [0, 0.99], [1, -0.1, float("nan")], "at least 0 and below 1"),
     ],

@@ -66,7 +66,7 @@ def test_every_option_is_explained_and_may_be_set() -> None:
 
 def test_one_option_a_section_and_a_near_miss() -> None:
     assert explain("checkpoint.save_interval_steps").splitlines() == [
-        "checkpoint.save_interval_steps: int, at least 1; default 500; optimizer steps",
+        "checkpoint.save_interval_steps: int, 1 to 1000000000; default 500; optimizer steps",
         "    Optimizer steps between checkpoints; the last step is always saved.",
     ]
     section = explain("model.hlora")

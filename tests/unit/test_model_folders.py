@@ -145,7 +145,7 @@ WRONG: dict[str, Callable[[Path], str]] = {
     "output_dir=''": lambda root: "output_dir='' names no folder; set it",
     "parallel.pipeline_model_parallel_size=3": lambda root: "1 processes cannot hold replicas of 3",
     "training.precision=fp16": lambda root: "training.precision='fp16' must be one of bf16, fp32, fp8",
-    "optimizer.lr=-1": lambda root: "optimizer.lr=-1 must be float (at least 0) or null",
+    "optimizer.lr=-1": lambda root: "optimizer.lr=-1 must be float (0 to 100) or null",
     "training.sed=1": lambda root: "unknown key training.sed; did you mean training.seed?",
     "data.validation=[absent]": lambda root: "data.validation: absent holds no manifest.json",
     "checkpoint.init_from=[absent]": lambda root: "checkpoint.init_from: absent does not exist",
@@ -350,7 +350,7 @@ def test_a_configuration_built_in_python_is_checked_as_well(folders: Path) -> No
     config.training.micro_batch_size, config.optimizer.schedule = 0, "stairs"
     with pytest.raises(ConfigError) as caught:
         validate(config, 1)
-    assert "training.micro_batch_size=0 must be int (at least 1)" in str(caught.value)
+    assert "training.micro_batch_size=0 must be int (1 to 4096)" in str(caught.value)
     assert "optimizer.schedule='stairs' must be one of cosine, linear, constant or null" in str(caught.value)
 
 
