@@ -17,7 +17,6 @@ from megatron_hgpt.files import Json
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
 from megatron_hgpt.text.templates import resolve_system_prompt
 from megatron_hgpt.text.vocabulary import Vocabulary
-from megatron_hgpt.vision.preprocess import load_image
 
 
 def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
@@ -135,10 +134,10 @@ class VLDataset:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> EncodedSample:
-        """One sample with its pictures decoded, or their features from the cache.
+        """One sample with its pictures as they are stored, or their features from the cache.
 
         Raises:
-            SkipSample: a picture cannot be decoded, or tokens, mask and pictures do not fit (``corrupt_sample``).
+            SkipSample: tokens, mask and pictures do not fit (``corrupt_sample``), or a cached picture was unreadable.
             DataError: a picture is not in the feature cache.
         """
         sample_id = self._reader.sample_id(index)
@@ -158,6 +157,6 @@ class VLDataset:
             task=task,
             tokens=tokens,
             loss_mask=loss_mask,
-            images=[load_image(self._reader.image(number)) for number in numbers] if self._features is None else [],
+            images=[self._reader.image(number) for number in numbers] if self._features is None else [],
             features=self._features.read(numbers, task) if self._features is not None else [],
         )

@@ -203,7 +203,7 @@ def test_the_loader_gives_the_same_samples_without_decoding(
     def no_decoding(*_: Any) -> None:
         raise AssertionError("a picture was decoded")
 
-    monkeypatch.setattr("megatron_hgpt.data.dataset.load_image", no_decoding)
+    monkeypatch.setattr("megatron_hgpt.data.collate.load_image", no_decoding)
     with pytest.raises(AssertionError, match="was decoded"):
         _batches(_config(folder, None))
     cached, cached_counts = _batches(_config(folder, "features"))

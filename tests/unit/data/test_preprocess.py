@@ -21,6 +21,7 @@ from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.samples import Task
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.vision.preprocess import load_image
 
 
 class FakeVQGAN:
@@ -107,7 +108,7 @@ def test_dataset_of_both_tasks(
     assert answers == [[], [7] * 4, [4, 3, 2, 1], [3] * 4, [8] * 4]
     assert sentencepiece.decode(samples[0].tokens[samples[0].loss_mask].tolist()) == "yes"
     assert [len(sample.images) for sample in samples] == [1, 1, 1, 0, 1]
-    assert samples[1].images[0].getpixel((0, 0)) == (7, 7, 7)
+    assert load_image(samples[1].images[0]).getpixel((0, 0)) == (7, 7, 7)
     assert samples[1].task is Task.GENERATION
 
 
