@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -251,6 +252,24 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def sealed(content: Json) -> Json:
+    """A description as JSON will give it back, with the ``digest`` of everything else in it."""
+    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != "digest"}))
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return {**plain, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def printable(text: str) -> str:
+    """Text that UTF-8 can hold: what it cannot (a file name of other bytes, half a character) becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path, error: type[HealthGPTError] = DataError) -> Json:
