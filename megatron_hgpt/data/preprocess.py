@@ -254,8 +254,9 @@ def _prepare(
 
 def _store(image: Image.Image) -> bytes:
     """PNG of the pixels alone: a fresh image carries no EXIF, text or colour profile."""
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, format="PNG")
+    buffer, bare = io.BytesIO(), Image.new("RGB", image.size)
+    bare.paste(image)
+    bare.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
