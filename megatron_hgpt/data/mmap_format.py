@@ -242,7 +242,9 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Json:
         raise DataError(f"{error}; write the dataset again") from error
     version = manifest.get("schema_version")
     if "schema_version" in manifest and version != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; write the dataset again")
+        raise DataError(
+            f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; write the dataset again"
+        )
     problem = _manifest_problem(manifest)
     if problem is not None:
         raise DataError(f"{path} {problem}; write the dataset again")
@@ -360,7 +362,8 @@ class DatasetReader:
         for column, (what, buffers) in enumerate(pairs):
             if buffers is not None and _crc(*buffers) != self._checksums[index, column]:
                 raise SkipSample(
-                    "corrupt_sample", f"{self.folder}: {what} of sample {index} changed since it was written: hgpt verify"
+                    "corrupt_sample",
+                    f"{self.folder}: {what} of sample {index} changed since it was written: hgpt verify",
                 )
 
     def sample_id(self, index: int) -> str:

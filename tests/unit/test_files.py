@@ -193,7 +193,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted here")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a memory map may still be open
 
 
 def test_a_full_disk_is_one_line_and_the_old_folder_stays(small_disk: Path) -> None:

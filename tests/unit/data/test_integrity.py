@@ -67,7 +67,9 @@ def damage_found(folder: Path, vocabulary: Vocabulary) -> list[str]:
 
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_changed_sample_is_skipped_and_said(dataset: Path, vocabulary: Vocabulary, name: str, position: float) -> None:
+def test_a_changed_sample_is_skipped_and_said(
+    dataset: Path, vocabulary: Vocabulary, name: str, position: float
+) -> None:
     assert damage_found(dataset, vocabulary) == []
     flip(dataset / name, position)
     found = damage_found(dataset, vocabulary)
