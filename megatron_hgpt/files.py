@@ -1,7 +1,7 @@
 """Writing files and folders so that a reader sees the old content or the new one, never half of it; reading JSON.
 
 A folder is written as ``<folder>.tmp-<host>-<pid>`` and then takes its place: in one step where the filesystem can
-exchange two names (Linux's own can), else in two renames, between which the old folder is ``<folder>.old-<host>-<pid>``.
+exchange two names (Linux's own can), else in two renames, with the old folder as ``<folder>.old-<host>-<pid>`` between.
 What a killed process left of either is put back or removed by the next `replace_folder`. Content is on the disk before
 it gets its name, so that a power cut leaves no empty files either.
 """

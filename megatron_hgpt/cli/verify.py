@@ -12,8 +12,8 @@ EXAMPLES = """
 hgpt verify data/train data/validation
 """
 NOTES = """
-Reads everything. Training compares indices when it opens a folder and each sample when it reads it, so this is for after
-a copy, or to find the file when a sample was reported as changed. A damaged folder ends it with exit status 2.
+Reads everything. Training compares indices when it opens a folder and each sample when it reads it, so this is for
+after a copy, or to find the file when a sample was reported as changed. A damaged folder ends it with exit status 2.
 """
 
 

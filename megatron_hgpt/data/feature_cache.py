@@ -9,8 +9,8 @@ A sub-folder of the dataset folder, memory-mapped:
                        file, and `digest`, the sha256 of all that
 
 It is written under a temporary name and renamed when it is complete. What is small is compared with its sha256 when the
-cache is opened, features with their CRC each time they are read, everything by `hgpt verify`. A cache without sums is of
-an earlier version. Shapes: p tokens per image, c tower width.
+cache is opened, features with their CRC each time they are read, everything by `hgpt verify`. A cache without sums is
+of an earlier version. Shapes: p tokens per image, c tower width.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class FeatureCache:
                 reason = self.manifest["skip_reasons"][FIRST_SKIP - row]
                 raise SkipSample(reason, f"{self.folder}: image {number} could not be decoded")
             copied = np.array(self._features[task][row])
-            if task in self._sums and zlib.crc32(copied) != self._sums[task][row]:
+            if task in self._sums and zlib.crc32(copied.data) != self._sums[task][row]:
                 where = f"{self.folder}: the features of image {number} changed since they were written: hgpt verify"
                 raise SkipSample("corrupt_features", where)
             features.append(torch.from_numpy(copied).view(self._dtype))

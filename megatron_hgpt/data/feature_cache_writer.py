@@ -88,8 +88,8 @@ class _Writer:
                     done += 1
                 if usable:
                     features = self._features(torch.stack(usable), task)
-                    stream.write(features)
-                    sums += [zlib.crc32(picture) for picture in features]
+                    stream.write(features.data)
+                    sums += [zlib.crc32(picture.data) for picture in features]
                 bar.update(len(prepared))
         return rows[distinct], sums
 

@@ -11,8 +11,8 @@
     skipped.jsonl        one line per skipped record that is listed: id, where it stands, reason, detail
 
 The folder is written under a temporary name and renamed when it is complete. What decides where everything stands
-(.idx, .npy, manifest) is compared with its sha256 when the folder is opened, a sample with its CRC each time it is read,
-and everything with its sha256 by `hgpt verify`. A folder without checksums.npy is of an earlier version.
+(.idx, .npy, manifest) is compared with its sha256 when the folder is opened, a sample with its CRC each time it is
+read, and everything with its sha256 by `hgpt verify`. A folder without checksums.npy is of an earlier version.
 """
 
 from __future__ import annotations

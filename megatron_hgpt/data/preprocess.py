@@ -154,8 +154,9 @@ def preprocess(
                 lengths.add(*_write(writer, item, tokenizer, vocabulary, options))
                 consecutive = 0
             except SkipSample as error:
-                quoted = {"text": error.quote} if options.list_text and error.quote else {}
-                where = {"file": item.file, "record": item.number, **quoted}
+                where: dict[str, str | int] = {"file": item.file, "record": item.number}
+                if options.list_text:
+                    where["text"] = error.quote
                 writer.skip(item.sample_id, error.reason, error.detail, **where)
                 logger.debug("record %s skipped: %s", item.sample_id, error)
                 consecutive += 1

@@ -16,11 +16,12 @@ _BATCH_ROWS = 16
 """Rows read at a time: their pictures are in memory."""
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[Any]:
     """Rows in the JSON schema of `llava_json`, with the pictures as encoded bytes.
 
     A picture is raw bytes, or Hugging Face's ``{"bytes", "path"}``; conversations are a list of turns or its JSON text.
-    A row without an id column gets its image ids, joined by "+", and its row number.
+    A row without an id column gets its image ids, joined by "+", and its row number; one that cannot be read comes as
+    text, which is no record.
 
     Raises:
         DataError: pyarrow is missing, or the file is not such a parquet file.

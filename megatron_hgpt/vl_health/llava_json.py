@@ -79,7 +79,7 @@ def parse_or_text(text: str) -> Any:
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
-    """Lines of which no more than `_MAX_LINE` characters are ever in memory: the rest of a longer one is passed over."""
+    """Lines of which at most `_MAX_LINE` characters are ever in memory: the rest of a longer one is passed over."""
     while line := stream.readline(_MAX_LINE):
         rest = line
         while len(rest) == _MAX_LINE and not rest.endswith("\n"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +33,36 @@ ANSWER = "<start_index><idx_3><idx_0><idx_15><idx_7><end_index>"
 texts = st.one_of(
     st.sampled_from(
         [
-            "", " ", "yes", "<image>", "<image>\nWhat?", ANSWER, f"{ANSWER}x", "<idx_99999999999>", "<|end|>", "\0", "\ud800",
-            "\udc80x", "a.png", "../a.png", "/etc/passwd", ".", "x" * 300, "<image>" * 300, "generation", "comprehension",
-            "human", "gpt", "\ufeff", "‮", "﷽" * 50,
+            "",
+            " ",
+            "yes",
+            "<image>",
+            "<image>\nWhat?",
+            ANSWER,
+            f"{ANSWER}x",
+            "<idx_99999999999>",
+            "<|end|>",
+            "\0",
+            "\ud800",
+            "\udc80x",
+            "a.png",
+            "../a.png",
+            "/etc/passwd",
+            ".",
+            "x" * 300,
+            "<image>" * 300,
+            "generation",
+            "comprehension",
+            "human",
+            "gpt",
+            "\ufeff",
+            "‮",
+            "﷽" * 50,
         ]
     ),
     st.text(max_size=20),
     st.text(alphabet=st.characters(categories=["Cs", "Co", "Cn", "Cc"]), max_size=4),
-)  # fmt: skip
+)
 numbers = st.one_of(
     st.integers(), st.floats(), st.booleans(), st.none(), st.sampled_from([10**400, -(10**4000), 1e308, 2**63, 2**31])
 )
@@ -152,7 +175,7 @@ def test_three_thousand_records_of_chance(run: Any, capsys: pytest.CaptureFixtur
     outcomes = fuzz(run, 3000)
     risen = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     with capsys.disabled():
-        print(f"\n{sum(outcomes.values())} records: {dict(outcomes)}; peak memory rose by {risen:.0f} MiB")
+        sys.stdout.write(f"\n{sum(outcomes.values())} records: {dict(outcomes)}; peak memory rose by {risen:.0f} MiB\n")
     assert sum(outcomes.values()) >= 3000 and risen < 300
 
 
@@ -167,20 +190,38 @@ def said(value: str, number: int = 1) -> str:
 DEEP = "[" * 100_000 + "]" * 100_000
 SPECIAL = {
     "malformed_record": [
-        DEEP, record(id={"a": 1}), f'{{"id": {"9" * 5000}}}', "null", "[]", "3", '"text"', record(source=["a"]), record(task=[1]),
-        record(id="\ud800"), said("\ud800"), record(id="x" * 20_000), record(conversations=7), record(image=7, images=["a"]),
-        record(conversations=[{"from": "human", "value": 1}]), f'{{"id": {DEEP}}}', record(id=""), record(image=["\0"]),
-        '{"id": "' + "[" * 1000 + '", "conversations": null}', record(image=[[["a.png"]]]), record(target_image={"b": 1}),
+        DEEP,
+        record(id={"a": 1}),
+        f'{{"id": {"9" * 5000}}}',
+        "null",
+        "[]",
+        "3",
+        '"text"',
+        record(source=["a"]),
+        record(task=[1]),
+        record(id="\ud800"),
+        said("\ud800"),
+        record(id="x" * 20_000),
+        record(conversations=7),
+        record(image=7, images=["a"]),
+        record(conversations=[{"from": "human", "value": 1}]),
+        f'{{"id": {DEEP}}}',
+        record(id=""),
+        record(image=["\0"]),
+        '{"id": "' + "[" * 1000 + '", "conversations": null}',
+        record(image=[[["a.png"]]]),
+        record(target_image={"b": 1}),
     ],
     "bad_role_order": [
-        record(conversations=[{"from": {"a": []}, "value": "x"}]), record(conversations=[{"from": ["human"], "value": "x"}]),
+        record(conversations=[{"from": {"a": []}, "value": "x"}]),
+        record(conversations=[{"from": ["human"], "value": "x"}]),
     ],
     "text_too_long": [said("x" * (MAX_TEXT + 1)), said("x" * 1000, 2000)],
     "too_many_images": [record(image=["a.png"] * (MAX_PICTURES + 1))],
     "bad_indices": [record(target_indices=[10**400] * 4), record(target_indices=[[1]] * 4)],
     "image_count_mismatch": [said("<image>" * 100_000)],
     "missing_image": [record(image="x" * 100_000), record(image="\ud800.png")],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
