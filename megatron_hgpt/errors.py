@@ -27,13 +27,15 @@ class SkipSample(HealthGPTError):  # noqa: N818  (a signal to the caller, not a 
 
     Args:
         reason: short stable identifier that is counted, e.g. ``"missing_image"``.
-        detail: what was wrong, with file name and value.
+        detail: what was wrong, in words of this package.
+        quote: what the record says there, or the file's name: may be private, so that lists leave it out.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+    def __init__(self, reason: str, detail: str, quote: str = "") -> None:
+        super().__init__(f"{reason}: {detail}{f' ({quote})' if quote else ''}")
         self.reason = reason
         self.detail = detail
+        self.quote = quote
 
 
 MOST_PROBLEMS = 50

@@ -80,8 +80,9 @@ class EncodedSample:
     """int64 [t]: token ids with `IMAGE_TOKEN_ID` once per image."""
     loss_mask: torch.Tensor
     """bool [t]: True where the token itself is supervised (is predicted and counts in the loss)."""
-    images: list[Image.Image]
-    """Input images (PIL, RGB) in order; empty where `features` stand for them."""
+    images: list[bytes | Image.Image]
+    """Input images in order, as `load_image` takes them: encoded as they are stored, so that a decoded one is in memory
+    only while it is used. Empty where `features` stand for them."""
     features: list[torch.Tensor] = field(default_factory=list)
     """[p, c] of each input image, read from the feature cache at the task's depth."""
 

@@ -40,6 +40,7 @@ class Command(Protocol):
 COMMANDS = (
     "preprocess",
     "cache-features",
+    "verify",
     "train",
     "generate",
     "evaluate",

@@ -16,7 +16,8 @@ hgpt preprocess --config my_run.yaml --input a.jsonl b.parquet \
 """
 NOTES = """
 Tokenizer, template, vocabulary and VQGAN come from the configuration's section `model`, so that the dataset fits the
-model that is trained on it. A record that cannot be used is skipped, counted by reason and listed.
+model that is trained on it. A record that cannot be used is skipped, counted by reason and listed in skipped.jsonl by
+its id, file and number there; with --list-text with a few words of what it says, too.
 """
 
 
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="unusable records that stop",
     )
+    parser.add_argument(
+        "--list-text", action="store_true", help="quote the skipped records in skipped.jsonl (may be private)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there already")
 
 
@@ -67,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         "max_consecutive_skips": arguments.max_consecutive_skips,
         "num_workers": arguments.workers,
         "window": arguments.window,
+        "list_text": arguments.list_text,
         "overwrite": arguments.overwrite,
         "progress_bar": True,
     }

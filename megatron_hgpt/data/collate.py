@@ -11,7 +11,7 @@ import torch
 from megatron_hgpt.errors import ConfigError, SkipSample
 from megatron_hgpt.rounding import round_up
 from megatron_hgpt.samples import IGNORE_INDEX, IMAGE_TOKEN_ID, EncodedSample, MicroBatch
-from megatron_hgpt.vision.preprocess import clip_preprocess
+from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +56,7 @@ def expand_sample(
     An image that would be cut in the middle is left out with everything after it: features come whole or not at all.
 
     Raises:
-        SkipSample: ``no_supervised_token``: nothing to learn is left.
+        SkipSample: ``no_supervised_token``: nothing to learn is left; or a picture cannot be decoded.
     """
     tokens, image_mask = splice_images(sample.tokens, num_image_tokens)
     repeats = torch.where(sample.tokens == IMAGE_TOKEN_ID, num_image_tokens, 1)
@@ -77,7 +77,7 @@ def expand_sample(
         tokens=tokens,
         labels=labels,
         image_mask=image_mask,
-        pixel_values=[clip_preprocess(image, image_size) for image in sample.images[:num_images]],
+        pixel_values=[clip_preprocess(load_image(image), image_size) for image in sample.images[:num_images]],
         features=sample.features[:num_images],
         is_truncated=is_truncated,
     )

@@ -19,7 +19,6 @@ from megatron_hgpt.files import Json
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, EncodedSample
 from megatron_hgpt.text.templates import resolve_system_prompt
 from megatron_hgpt.text.vocabulary import Vocabulary
-from megatron_hgpt.vision.preprocess import load_image
 
 
 def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
@@ -84,7 +83,7 @@ class VLDataset:
         num_indices: VQ indices of one image; None leaves it unchecked.
         max_image_side: `data.max_image_side` of the run, to which larger pictures must have been shrunk.
         features: its feature cache; samples then carry features and no picture is decoded.
-        verify_checksums: compare the sha256 of every file (reads all of it); sizes are always compared.
+        verify_checksums: compare the sha256 of every file (reads all of it); sizes and indices are always compared.
 
     Raises:
         DataError: the folder is damaged, or was made for another tokenizer, vocabulary, template or system message.
@@ -143,16 +142,19 @@ class VLDataset:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> EncodedSample:
-        """One sample with its pictures decoded, or their features from the cache.
+        """One sample with its pictures as they are stored, or their features from the cache.
 
         Raises:
-            SkipSample: a picture cannot be decoded, or tokens, mask and pictures do not fit (``corrupt_sample``).
+            SkipSample: the sample changed since it was written, or tokens, mask and pictures do not fit
+                (``corrupt_sample``); or what `FeatureCache.read` skips.
             DataError: a picture is not in the feature cache.
         """
         sample_id = self._reader.sample_id(index)
         tokens = torch.from_numpy(self._reader.tokens(index).astype(np.int64))
         loss_mask = torch.from_numpy(self._reader.loss_mask(index).astype(np.bool_))
         numbers, task = self._reader.image_numbers(index), TASKS[int(self._reader.tasks[index])]
+        images = self._reader.images(index) if self._features is None else []
+        self._reader.check(index, images if self._features is None else None)
         is_image = tokens == IMAGE_TOKEN_ID
         is_known = (tokens >= 0) & (tokens < self._vocabulary.size)
         if (
@@ -166,6 +168,6 @@ class VLDataset:
             task=task,
             tokens=tokens,
             loss_mask=loss_mask,
-            images=[load_image(self._reader.image(number)) for number in numbers] if self._features is None else [],
+            images=list(images),
             features=self._features.read(numbers, task) if self._features is not None else [],
         )

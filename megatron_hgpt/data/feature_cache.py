@@ -4,15 +4,19 @@ A sub-folder of the dataset folder, memory-mapped:
 
     <task>.bin         [pictures, p, c] in `dtype`: features at the task's depth, each distinct picture once
     <task>_rows.npy    int64, one entry per image of the dataset: its row; -1 not cached, -2 - i skipped (reason i)
-    manifest.json      dataset and tower it belongs to, depths, sizes, dtype, counts, skips, bytes of each file
+    <task>_sums.npy    uint32 [pictures]: CRC-32 of each picture's features
+    manifest.json      dataset and tower it belongs to, depths, sizes, dtype, counts, skips, bytes and sha256 of each
+                       file, and `digest`, the sha256 of all that
 
-It is written under a temporary name and renamed when it is complete. Shapes: p tokens per image, c tower width.
+It is written under a temporary name and renamed when it is complete. What is small is compared with its sha256 when the
+cache is opened, features with their CRC each time they are read, everything by `hgpt verify`. A cache without sums is
+of an earlier version. Shapes: p tokens per image, c tower width.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_hgpt.config import RunConfig, VisionConfig
-from megatron_hgpt.data.mmap_format import MANIFEST, sha256_of
+from megatron_hgpt.data.mmap_format import MANIFEST
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
-from megatron_hgpt.files import Json
+from megatron_hgpt.files import Json, read_json, sealed, sha256_of
 from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import num_blocks_of, tower_hash
 
@@ -62,29 +66,42 @@ def describe_tower(vision: VisionConfig) -> Json:
     }
 
 
-def read_cache_manifest(folder: Path) -> Json:
-    """Manifest of a cache after comparing the sizes of its files.
+def read_cache_manifest(folder: Path, *, verify_checksums: bool = False) -> Json:
+    """Manifest of a cache after comparing the sizes of its files and the sha256 of the small ones.
+
+    Args:
+        folder: the cache.
+        verify_checksums: compare the sha256 of all files, which reads everything.
 
     Raises:
-        DataError: not a cache, another schema version, or a file that is missing or cut.
+        DataError: not a cache, another schema version, or a file that is missing, cut or changed.
     """
     path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} is not a feature cache (no {MANIFEST}); hgpt cache-features writes one")
     try:
-        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; {_TOOL}") from error
+    try:
         version = manifest["schema_version"]
         files = manifest["files"] if version == SCHEMA_VERSION else {}
         sizes = {name: int(size) for name, size in files.items()}
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a feature cache (no {MANIFEST}); hgpt cache-features writes one") from error
+        digests = {name: str(manifest.get("sha256", {}).get(name, "")) for name in sizes}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise DataError(f"{path} is not the manifest of a feature cache ({error!r}); {_TOOL}") from error
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; {_TOOL}")
+    if "digest" in manifest and manifest["digest"] != sealed(manifest)["digest"]:
+        raise DataError(f"{path} is damaged: its digest is not that of its content; {_TOOL}")
     for name, size in sizes.items():
-        file = folder / name
+        file = folder / Path(name).name
         found = file.stat().st_size if file.is_file() else "no"
         if found != size:
             raise DataError(f"{file}: {found} bytes, {MANIFEST} says {size}; {_TOOL}")
+        is_small = not name.endswith(".bin")
+        if digests[name] and (verify_checksums or is_small) and sha256_of(file) != digests[name]:
+            raise DataError(f"{file}: its sha256 differs from the manifest's; {_TOOL}")
     return manifest
 
 
@@ -110,6 +127,7 @@ class FeatureCache:
         self._dtype, stored = DTYPES[self.manifest["dtype"]]
         self._rows: dict[Task, NDArray[np.int64]] = {}
         self._features: dict[Task, np.ndarray] = {}
+        self._sums: dict[Task, NDArray[np.uint32]] = {}
         for task in tasks:
             count = self.manifest["pictures"][task.value]
             if count:
@@ -117,6 +135,8 @@ class FeatureCache:
                 self._check(f"depth of {task.value} (blocks of the tower)", found, wanted)
             shape = (count, tower["num_image_tokens"], tower["hidden_size"])
             self._rows[task] = np.load(folder / f"{task.value}_rows.npy", allow_pickle=False)
+            if (sums := folder / f"{task.value}_sums.npy").is_file():
+                self._sums[task] = np.load(sums, allow_pickle=False)
             # An empty file cannot be mapped.
             self._features[task] = (
                 np.memmap(folder / f"{task.value}.bin", stored, "r", shape=shape) if count else np.empty(shape, stored)
@@ -132,7 +152,8 @@ class FeatureCache:
         """Features [p, c] in the stored type of the images with these numbers in the dataset.
 
         Raises:
-            SkipSample: an image could not be decoded when the cache was written; the same reason as then.
+            SkipSample: an image could not be decoded when the cache was written: the same reason as then; or its
+                features changed since (``corrupt_features``).
             DataError: an image is not in the cache.
         """
         features = []
@@ -143,8 +164,11 @@ class FeatureCache:
             if row <= FIRST_SKIP:
                 reason = self.manifest["skip_reasons"][FIRST_SKIP - row]
                 raise SkipSample(reason, f"{self.folder}: image {number} could not be decoded")
-            copied = torch.from_numpy(np.array(self._features[task][row]))
-            features.append(copied.view(self._dtype))
+            copied = np.array(self._features[task][row])
+            if task in self._sums and zlib.crc32(copied.data) != self._sums[task][row]:
+                where = f"{self.folder}: the features of image {number} changed since they were written: hgpt verify"
+                raise SkipSample("corrupt_features", where)
+            features.append(torch.from_numpy(copied).view(self._dtype))
         return features
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +28,9 @@ from megatron_hgpt.data.feature_cache import (
     describe_tower,
     read_cache_manifest,
 )
-from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader, sha256_of
+from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
-from megatron_hgpt.files import Json, replace_folder
+from megatron_hgpt.files import Json, replace_folder, require_room, sealed, sha256_of
 from megatron_hgpt.samples import Task
 from megatron_hgpt.vision.clip import HVPTower
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
@@ -63,32 +65,47 @@ class _Writer:
         self._reader, self._tower, self._options, self._reasons = reader, tower, options, reasons
         self._at = next(tower.parameters())
 
-    def write(self, task: Task, stream: BinaryIO) -> tuple[Rows, int]:
-        """Append the features of the task's distinct pictures; returns each image's row and the number of pictures."""
+    def write(self, task: Task, stream: BinaryIO, folder: Path) -> tuple[Rows, list[int]]:
+        """Append the features of the task's distinct pictures; returns each image's row and each picture's CRC-32.
+
+        Raises:
+            DataError: a picture changed since the dataset was written, or the disk cannot hold the features.
+        """
         distinct, pictures = self._distinct(task)
+        itemsize = np.dtype(DTYPES[self._options.dtype][1]).itemsize
+        tower = self._tower
+        require_room(folder, len(pictures) * tower.num_image_tokens * tower.hidden_size * itemsize)
+        sums: list[int] = []
         rows = np.empty(len(pictures) + 1, np.int64)
         rows[-1] = NOT_CACHED  # what `distinct` has for images of another task
-        done = count = 0
+        done = 0
         with tqdm(total=len(pictures), unit="picture", desc=task.value, disable=not self._options.progress_bar) as bar:
             for prepared in self._prepared(pictures):
                 usable = [picture for picture in prepared if isinstance(picture, torch.Tensor)]
+                following = itertools.count(len(sums))
                 for picture in prepared:
-                    rows[done] = count if isinstance(picture, torch.Tensor) else self._skip(picture)
-                    count += isinstance(picture, torch.Tensor)
+                    rows[done] = next(following) if isinstance(picture, torch.Tensor) else self._skip(picture)
                     done += 1
                 if usable:
-                    stream.write(self._features(torch.stack(usable), task))
+                    features = self._features(torch.stack(usable), task)
+                    stream.write(features.data)
+                    sums += [zlib.crc32(picture.data) for picture in features]
                 bar.update(len(prepared))
-        return rows[distinct], count
+        return rows[distinct], sums
 
     def _distinct(self, task: Task) -> tuple[Rows, list[int]]:
         """Per image the index of its picture among the distinct ones (-1: not needed), and where each first occurs."""
         reader, seen, pictures = self._reader, dict[bytes, int](), list[int]()
         distinct = np.full(reader.num_images, -1, np.int64)
         samples = range(len(reader)) if self._options.both_depths else np.flatnonzero(reader.tasks == task.code)
-        for sample in samples:
-            for number in reader.image_numbers(int(sample)):
-                digest = hashlib.sha256(reader.image(number)).digest()
+        for sample in map(int, samples):
+            images = reader.images(sample)
+            try:
+                reader.check(sample, images)
+            except SkipSample as error:
+                raise DataError(f"{error.detail} says which file; copy or write the dataset again") from error
+            for number, image in zip(reader.image_numbers(sample), images, strict=True):
+                digest = hashlib.sha256(image).digest()
                 if digest not in seen:
                     seen[digest] = len(pictures)
                     pictures.append(number)
@@ -118,14 +135,14 @@ class _Writer:
             self._reasons.append(error.reason)
         return FIRST_SKIP - self._reasons.index(error.reason)
 
-    def _features(self, pixel_values: torch.Tensor, task: Task) -> bytes:
+    def _features(self, pixel_values: torch.Tensor, task: Task) -> np.ndarray:
         dtype, stored = DTYPES[self._options.dtype]
         features = self._tower(pixel_values.to(self._at), task).to("cpu", dtype).contiguous()
         if not bool(features.isfinite().all()):
             raise DataError(
                 f"features of {task.value} are not finite as {self._options.dtype}; choose --dtype bf16 or fp32"
             )
-        return features.view(torch.int16 if stored is np.int16 else dtype).numpy().tobytes()
+        return features.view(torch.int16 if stored is np.int16 else dtype).numpy()
 
 
 def cache_features(
@@ -143,7 +160,8 @@ def cache_features(
         The manifest.
 
     Raises:
-        DataError: the dataset is damaged, or `output` holds something else and is not to be overwritten.
+        DataError: the dataset is damaged; `output` holds something else and is not to be overwritten, is written by
+            another process, or cannot be written.
         ConfigError: unknown dtype or precision.
     """
     for name, value, allowed in (
@@ -164,10 +182,8 @@ def cache_features(
     if output.exists() and (found := _existing(output, description, options.overwrite)) is not None:
         logger.info("%s is complete and fits; nothing to do", output)
         return found
-    for leftover in sorted(output.parent.glob(f"{output.name}.tmp-*")):
-        logger.warning("%s was left by a run that was cut off; delete it", leftover)
     with replace_folder(output) as temporary:
-        manifest = {**description, **_write(temporary, reader, tower, options)}
+        manifest = sealed({**description, **_write(temporary, reader, tower, options)})
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -180,8 +196,10 @@ def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheO
     skipped: Counter[str] = Counter()
     for task in Task:
         with (folder / f"{task.value}.bin").open("wb") as stream:
-            rows, pictures[task.value] = writer.write(task, stream)
+            rows, sums = writer.write(task, stream, folder)
+        pictures[task.value] = len(sums)
         np.save(folder / f"{task.value}_rows.npy", rows)
+        np.save(folder / f"{task.value}_sums.npy", np.asarray(sums, np.uint32))
         images += int((rows >= 0).sum())
         for row, count in zip(*np.unique(rows[rows <= FIRST_SKIP], return_counts=True), strict=True):
             skipped[reasons[FIRST_SKIP - int(row)]] += int(count)
@@ -191,6 +209,7 @@ def _write(folder: Path, reader: DatasetReader, tower: HVPTower, options: CacheO
         "skipped": dict(skipped),
         "skip_reasons": reasons,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
     }
 
 
@@ -201,7 +220,7 @@ def _existing(output: Path, description: Json, overwrite: bool) -> Json | None:
         DataError: it does not fit and is not to be overwritten, or is no cache.
     """
     marker = output / MANIFEST
-    if not marker.is_file() or "tower_sha256" not in marker.read_text("utf-8"):
+    if not marker.is_file() or "tower_sha256" not in marker.read_text("utf-8", errors="replace"):
         raise DataError(f"{output} exists and is not a feature cache; choose another --name")
     if overwrite:
         return None

@@ -5,50 +5,55 @@
     images.bin/.idx      uint8, one document per sample with one sequence (a PNG file) per image, possibly none
     sample_ids.bin/.idx  uint8, UTF-8, one document per sample
     tasks.npy            uint8, `Task.code` of each sample
-    manifest.json        schema version, tokenizer, template, vocabulary, VQGAN, counts, skips, sha256 of each file
-    skipped.jsonl        one line per skipped record that is listed: id, reason, detail
+    checksums.npy        uint32 [n, 2]: CRC-32 of each sample's tokens, mask and id, and of its pictures
+    manifest.json        schema version, tokenizer, template, vocabulary, VQGAN, counts, skips, sha256 of each file, and
+                         `digest`, the sha256 of all that
+    skipped.jsonl        one line per skipped record that is listed: id, where it stands, reason, detail
 
-The folder is written under a temporary name and renamed when it is complete.
+The folder is written under a temporary name and renamed when it is complete. What decides where everything stands
+(.idx, .npy, manifest) is compared with its sha256 when the folder is opened, a sample with its CRC each time it is
+read, and everything with its sha256 by `hgpt verify`. A folder without checksums.npy is of an earlier version.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hgpt import cpu_platform
-from megatron_hgpt.errors import DataError
-from megatron_hgpt.files import Json, replace_folder
+from megatron_hgpt.errors import DataError, SkipSample
+from megatron_hgpt.files import Json, printable, read_json, replace_folder, sealed, sha256_of
 from megatron_hgpt.samples import TASKS, Task
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
+_TASKS, _CHECKSUMS = "tasks.npy", "checksums.npy"
 _STREAMS: dict[str, type[np.number]] = {
     "tokens": np.int32,
     "loss_mask": np.uint8,
     "images": np.uint8,
     "sample_ids": np.uint8,
 }
+_NAMES = {f"{stream}.{ending}" for stream in _STREAMS for ending in ("bin", "idx")} | {_TASKS, _CHECKSUMS, SKIPPED}
 _REQUIRED = ("schema_version", "tokenizer", "template", "vocabulary", "counts", "files")
 MAX_LISTED_SKIPS = 100
 """Skipped records listed in skipped.jsonl per reason; all are counted."""
+_LISTED_ID = 200
+"""Characters of an id in that list."""
 
 
 class DatasetWriter:
@@ -59,7 +64,8 @@ class DatasetWriter:
         overwrite: replace a dataset that is there already, at the moment the new one is complete.
 
     Raises:
-        DataError: `folder` exists and is not to be overwritten, or holds something else than a dataset.
+        DataError: `folder` exists and is not to be overwritten, or holds something else than a dataset; another process
+            writes it; or it cannot be written.
     """
 
     def __init__(self, folder: Path, *, overwrite: bool = False) -> None:
@@ -72,26 +78,28 @@ class DatasetWriter:
         self._is_finished = False
         self._builders: Json = {}
         self._tasks: list[int] = []
+        self._checksums: list[tuple[int, int]] = []
         self._counts = {"samples": 0, "images": 0, "tokens": 0, "supervised_tokens": 0}
         self._per_task: Counter[str] = Counter()
         self._per_source: Counter[str] = Counter()
         self._skips: Counter[str] = Counter()
-        self._listed: list[dict[str, str]] = []
+        self._listed: list[Json] = []
 
     def __enter__(self) -> DatasetWriter:
         cpu_platform.install_if_needed()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        self._temporary = self._open.enter_context(replace_folder(self.folder))
-        for name, dtype in _STREAMS.items():
-            self._builders[name] = IndexedDatasetBuilder(str(self._temporary / f"{name}.bin"), dtype=dtype)
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(replace_folder(self.folder))
+            for name, dtype in _STREAMS.items():
+                self._builders[name] = IndexedDatasetBuilder(str(self._temporary / f"{name}.bin"), dtype=dtype)
+                stack.callback(self._builders[name].data_file.close)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for builder in self._builders.values():
-            builder.data_file.close()
         if kind is None and not self._is_finished:
             with self._open:
                 raise RuntimeError(f"{self.folder}: the block ended without finish(); nothing is kept")
@@ -110,12 +118,14 @@ class DatasetWriter:
         """Append one sample; `images` are encoded picture files."""
         if len(tokens) != len(loss_mask):
             raise DataError(f"sample {sample_id}: {len(tokens)} tokens but {len(loss_mask)} mask entries")
-        self._add_document("tokens", np.asarray(tokens, np.int32), [len(tokens)])
-        self._add_document("loss_mask", np.asarray(loss_mask, np.uint8), [len(loss_mask)])
+        stored, mask = np.asarray(tokens, np.int32), np.asarray(loss_mask, np.uint8)
+        encoded_id = np.frombuffer(printable(sample_id).encode(), np.uint8)
+        self._add_document("tokens", stored, [len(stored)])
+        self._add_document("loss_mask", mask, [len(mask)])
         self._add_document("images", np.frombuffer(b"".join(images), np.uint8), [len(image) for image in images])
-        encoded_id = np.frombuffer(sample_id.encode(), np.uint8)
         self._add_document("sample_ids", encoded_id, [len(encoded_id)])
         self._tasks.append(task.code)
+        self._checksums.append((_crc(stored, mask, encoded_id), _crc(*images)))
         self._per_task[task.value] += 1
         self._per_source[source] += 1
         for key, number in (("samples", 1), ("images", len(images)), ("tokens", len(tokens))):
@@ -125,11 +135,11 @@ class DatasetWriter:
     def _add_document(self, stream: str, values: np.ndarray, lengths: list[int]) -> None:
         self._builders[stream].add_document(values, lengths)
 
-    def skip(self, sample_id: str, reason: str, detail: str) -> None:
-        """Count a record that was left out; the first ones of each reason are listed."""
+    def skip(self, sample_id: str, reason: str, detail: str, **where: str | int) -> None:
+        """Count a record that was left out; the first ones of each reason are listed, with `where` they stand."""
         self._skips[reason] += 1
         if self._skips[reason] <= MAX_LISTED_SKIPS:
-            self._listed.append({"id": sample_id, "reason": reason, "detail": detail})
+            self._listed.append({"id": sample_id[:_LISTED_ID], **where, "reason": reason, "detail": detail})
 
     @property
     def num_samples(self) -> int:
@@ -161,19 +171,23 @@ class DatasetWriter:
             )
         for name, builder in self._builders.items():
             builder.finalize(str(self._temporary / f"{name}.idx"))
-        np.save(self._temporary / "tasks.npy", np.asarray(self._tasks, np.uint8))
+        np.save(self._temporary / _TASKS, np.asarray(self._tasks, np.uint8))
+        np.save(self._temporary / _CHECKSUMS, np.asarray(self._checksums, np.uint32))
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._listed)
-        (self._temporary / SKIPPED).write_text(lines, encoding="utf-8")
+        (self._temporary / SKIPPED).write_text(printable(lines), encoding="utf-8")
         per_source = dict(sorted(self._per_source.items()))
         counts = {**self._counts, "per_task": dict(sorted(self._per_task.items())), "per_source": per_source}
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            **description,
-            "counts": counts,
-            "skipped": self.skips,
-            "files": {path.name: _fingerprint(path) for path in sorted(self._temporary.iterdir())},
-        }
-        (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        manifest = sealed(
+            {
+                "schema_version": SCHEMA_VERSION,
+                **description,
+                "counts": counts,
+                "skipped": self.skips,
+                "files": {path.name: _fingerprint(path) for path in sorted(self._temporary.iterdir())},
+            }
+        )
+        text = printable(json.dumps(manifest, indent=1, ensure_ascii=False))
+        (self._temporary / MANIFEST).write_text(text + "\n", "utf-8")
         self._is_finished = True
         return manifest
 
@@ -182,14 +196,39 @@ def _fingerprint(path: Path) -> Json:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _crc(*parts: Any) -> int:
+    """CRC-32 of buffers one after the other."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return value
+
+
+def _manifest_problem(manifest: Json) -> str | None:
+    """What is wrong with the content of a manifest, after its path."""
+    missing = [key for key in _REQUIRED if key not in manifest]
+    if missing:
+        return f"has no field {missing[0]!r}"
+    for key in ("tokenizer", "template", "vocabulary", "counts", "files"):
+        if not isinstance(manifest[key], dict):
+            return f"has {manifest[key]!r} for {key}, not a mapping"
+    if type(manifest["counts"].get("samples")) is not int:
+        return "has no number counts.samples"
+    entries = manifest["files"]
+    for name in sorted(_NAMES - {_CHECKSUMS, SKIPPED} | _NAMES & entries.keys()):
+        if not isinstance(entries.get(name), dict) or {"bytes", "sha256"} - set(entries[name]):
+            return f"does not list {name} with bytes and sha256"
+    if "digest" in manifest and manifest["digest"] != sealed(manifest)["digest"]:
+        return "is damaged: its digest is not that of its content"
+    return None
 
 
 def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Json:
-    """Manifest of a dataset folder, after comparing the sizes of its files (and their sha256 on request).
+    """Manifest of a dataset folder, after comparing the sizes of its files and the sha256 of what indexes them.
+
+    Args:
+        folder: the dataset.
+        verify_checksums: compare the sha256 of all files, which reads everything.
 
     Raises:
         DataError: not a dataset folder, another schema version, or a file that is missing, cut or changed.
@@ -198,35 +237,26 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Json:
     if not path.is_file():
         raise DataError(f"{folder} is not a dataset folder (no {MANIFEST}); hgpt preprocess writes one")
     try:
-        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("schema_version",) if key not in manifest]
-        if manifest.get("schema_version") == SCHEMA_VERSION:
-            missing = [key for key in _REQUIRED if key not in manifest]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a JSON object ({error}); write the dataset again") from error
-    if missing:
-        raise DataError(f"{path} has no field {missing[0]!r}; write the dataset again")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        found = manifest["schema_version"]
-        raise DataError(f"{path}: schema version {found}, this package reads {SCHEMA_VERSION}; write the dataset again")
-    for key in ("tokenizer", "template", "vocabulary", "counts", "files"):
-        if not isinstance(manifest[key], dict):
-            raise DataError(f"{path}: {key} is {manifest[key]!r}, not a mapping; write the dataset again")
-    if type(manifest["counts"].get("samples")) is not int:
-        raise DataError(f"{path} has no number counts.samples; write the dataset again")
-    expected = {f"{stream}.{ending}" for stream in _STREAMS for ending in ("bin", "idx")} | {"tasks.npy"}
+        manifest = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; write the dataset again") from error
+    version = manifest.get("schema_version")
+    if "schema_version" in manifest and version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema version {version}, this package reads {SCHEMA_VERSION}; write the dataset again"
+        )
+    problem = _manifest_problem(manifest)
+    if problem is not None:
+        raise DataError(f"{path} {problem}; write the dataset again")
     entries = manifest["files"]
-    absent = sorted(
-        n for n in expected if not isinstance(entries.get(n), dict) or {"bytes", "sha256"} - set(entries[n])
-    )
-    if absent:
-        raise DataError(f"{path} does not list {absent[0]} with bytes and sha256; write the dataset again")
-    for name in sorted(expected):
+    # The list of skipped records is for people: it may be deleted.
+    for name in sorted(name for name in _NAMES & entries.keys() if name != SKIPPED or (folder / SKIPPED).is_file()):
         file, entry = folder / name, entries[name]
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             size = file.stat().st_size if file.is_file() else "no"
             raise DataError(f"{file}: {size} bytes, {MANIFEST} says {entry['bytes']}; copy or write the dataset again")
-        if verify_checksums and sha256_of(file) != entry["sha256"]:
+        is_index = not name.endswith(".bin")
+        if (verify_checksums or is_index) and sha256_of(file) != entry["sha256"]:
             raise DataError(f"{file}: its sha256 differs from the manifest's; copy or write the dataset again")
     return manifest
 
@@ -257,10 +287,22 @@ class DatasetReader:
             found = len(self._streams[name].document_indices) - 1
             if found != self._num_samples:
                 raise DataError(f"{folder / name}.idx: {found} documents, {MANIFEST} says {self._num_samples} samples")
-        tasks = np.load(folder / "tasks.npy", allow_pickle=False)
-        if tasks.dtype != np.uint8 or tasks.shape != (self._num_samples,) or tasks.max(initial=0) >= len(TASKS):
-            raise DataError(f"{folder}/tasks.npy: {tasks.dtype} {tasks.shape} does not fit {self._num_samples} samples")
-        self.tasks: NDArray[np.uint8] = tasks
+        self.tasks: NDArray[np.uint8] = self._load(_TASKS, np.uint8, (self._num_samples,))
+        if self.tasks.max(initial=0) >= len(TASKS):
+            raise DataError(f"{folder / _TASKS} holds task {self.tasks.max()}, there are {len(TASKS)}")
+        self._checksums: NDArray[np.uint32] | None = None
+        if _CHECKSUMS in self.manifest["files"]:
+            self._checksums = self._load(_CHECKSUMS, np.uint32, (self._num_samples, 2))
+
+    def _load(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+        path = self.folder / name
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError) as error:
+            raise DataError(f"{path} cannot be read ({error}); write the dataset again") from error
+        if array.dtype != dtype or array.shape != shape:
+            raise DataError(f"{path}: {array.dtype} {array.shape} does not fit {self._num_samples} samples")
+        return array
 
     def __len__(self) -> int:
         return self._num_samples
@@ -274,7 +316,7 @@ class DatasetReader:
         return self._document("loss_mask", index)[0]
 
     def images(self, index: int) -> list[bytes]:
-        """Encoded picture files of sample `index`, in order."""
+        """Encoded picture files of sample `index`, in order, as they are found."""
         return [image.tobytes() for image in self._document("images", index)]
 
     @property
@@ -307,6 +349,23 @@ class DatasetReader:
         """Encoded picture file of image `number` of all samples."""
         return self._streams["images"][number].tobytes()
 
+    def check(self, index: int, images: Sequence[bytes] | None) -> None:
+        """Compare a sample, and its pictures where they are given, with the checksums it was written with.
+
+        Raises:
+            SkipSample: ``corrupt_sample``: something changed since then.
+        """
+        if self._checksums is None:
+            return
+        parts = [part for stream in ("tokens", "loss_mask", "sample_ids") for part in self._document(stream, index)]
+        pairs = (("tokens, mask or id", parts), ("a picture", images))
+        for column, (what, buffers) in enumerate(pairs):
+            if buffers is not None and _crc(*buffers) != self._checksums[index, column]:
+                raise SkipSample(
+                    "corrupt_sample",
+                    f"{self.folder}: {what} of sample {index} changed since it was written: hgpt verify",
+                )
+
     def sample_id(self, index: int) -> str:
         """Id of sample `index`."""
         parts = self._document("sample_ids", index)
@@ -319,5 +378,9 @@ class DatasetReader:
         if data is None:
             return []
         first, end = data.document_indices[index], data.document_indices[index + 1]
-        # Copies, because Megatron's reader unmaps its file when it is collected, even if views of it still exist.
-        return [data[int(i)].copy() for i in range(first, end)]
+        try:
+            # Copies, because Megatron's reader unmaps its file when it is collected, even if views of it still exist.
+            return [data[int(i)].copy() for i in range(first, end)]
+        except (ValueError, IndexError) as error:
+            where = f"{self.folder / stream}.idx points outside of its file at sample {index}"
+            raise SkipSample("corrupt_sample", where) from error

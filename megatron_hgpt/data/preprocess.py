@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_hgpt.data.dataset import describe_vocabulary
-from megatron_hgpt.data.mmap_format import DatasetWriter, sha256_of
+from megatron_hgpt.data.mmap_format import DatasetWriter
 from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.files import printable, sha256_of
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, Sample
 from megatron_hgpt.text.templates import encode_conversation, end_token_id, resolve_system_prompt
 from megatron_hgpt.text.tokenizer import TextTokenizer
@@ -69,6 +70,8 @@ class PreprocessOptions:
     """Threads that decode and encode pictures (Pillow releases the interpreter lock); 0 does it inline."""
     window: int = 32
     """Records handled together: one VQGAN batch, and the pictures in memory."""
+    list_text: bool = False
+    """Quote what skipped records say, and names of pictures, in skipped.jsonl, which lists only where they stand."""
     overwrite: bool = False
     progress_bar: bool = False
 
@@ -90,6 +93,9 @@ class _Prepared:
     """A record on its way: what is ready of it, or why it is skipped."""
 
     sample_id: str
+    file: str
+    number: int
+    """Of the record in its file, from 0."""
     sample: Sample | None = None
     images: list[bytes] | None = None
     target: torch.Tensor | None = None
@@ -135,7 +141,7 @@ def preprocess(
         "vq": _describe_vq(vocabulary, options, vqgan, vqgan_folder),
     }
     creation = {
-        "inputs": [{"file": item.path.name, "source": _source(item)} for item in inputs],
+        "inputs": [{"file": printable(item.path.name), "source": _source(item)} for item in inputs],
         "max_image_side": options.max_image_side,
         "max_seq_length": options.max_seq_length,
         "num_image_tokens": options.num_image_tokens,
@@ -148,12 +154,15 @@ def preprocess(
                 lengths.add(*_write(writer, item, tokenizer, vocabulary, options))
                 consecutive = 0
             except SkipSample as error:
-                writer.skip(item.sample_id, error.reason, error.detail)
+                where: dict[str, str | int] = {"file": item.file, "record": item.number}
+                if options.list_text:
+                    where["text"] = error.quote
+                writer.skip(item.sample_id, error.reason, error.detail, **where)
                 logger.debug("record %s skipped: %s", item.sample_id, error)
                 consecutive += 1
                 if consecutive >= options.max_consecutive_skips:
                     raise DataError(
-                        f"{consecutive} unusable records in a row, the last one is {item.sample_id} ({error}); "
+                        f"{consecutive} unusable records in a row, the last one is {item.sample_id[:80]} ({error}); "
                         f"skipped so far: {writer.skips}; check the paths and the image root"
                     ) from error
         return writer.finish({**description, "creation": {**creation, **lengths.report()}})
@@ -200,7 +209,7 @@ def _describe_vq(
 
 
 def _source(item: Input) -> str:
-    return item.source if item.source is not None else item.path.stem
+    return printable(item.source if item.source is not None else item.path.stem)
 
 
 def _records(inputs: Sequence[Input]) -> Iterator[tuple[Input, int, Any]]:
@@ -221,6 +230,7 @@ def _prepare(
     root = item.path.parent if item.image_root is None else item.image_root
     default_id = f"{_source(item)}-{number}"
     sample_id = llava_json.record_id(record, default_id)
+    prepared = _Prepared(sample_id=sample_id, file=printable(item.path.name), number=number)
     try:
         sample = llava_json.parse_record(
             record,
@@ -230,23 +240,24 @@ def _prepare(
             default_id=default_id,
             source=_source(item),
         )
-        target = None
         if sample.target_image is not None:
             if vqgan is None:
-                raise DataError(f"record {sample_id} has a target_image; set model.vq.path to encode it")
-            target = vqgan.preprocess(load_image(sample.target_image))
-        images = [_store(shrink(load_image(image), options.max_image_side)) for image in sample.images]
+                raise DataError(f"record {sample_id[:80]} has a target_image; set model.vq.path to encode it")
+            prepared.target = vqgan.preprocess(load_image(sample.target_image))
+        prepared.images = [_store(shrink(load_image(image), options.max_image_side)) for image in sample.images]
+        prepared.sample = sample
     except SkipSample as error:
         # The record's own paths are relative; the root is this machine's business.
-        detail = error.detail.replace(f"{os.path.abspath(root)}{os.sep}", "")
-        return _Prepared(sample_id=sample_id, skip=SkipSample(error.reason, detail))
-    return _Prepared(sample_id=sample_id, sample=sample, images=images, target=target)
+        quote = error.quote.replace(f"{os.path.abspath(root)}{os.sep}", "")
+        prepared.target, prepared.skip = None, SkipSample(error.reason, error.detail, quote)
+    return prepared
 
 
 def _store(image: Image.Image) -> bytes:
     """PNG of the pixels alone: a fresh image carries no EXIF, text or colour profile."""
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, format="PNG")
+    buffer, bare = io.BytesIO(), Image.new("RGB", image.size)
+    bare.paste(image)
+    bare.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,13 @@ from PIL import Image
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.dataset import VLDataset
 from megatron_hgpt.distributed import DistributedContext
+from megatron_hgpt.errors import SkipSample
 from megatron_hgpt.hooks import TrainState
 from megatron_hgpt.inference.generator import EncodedPrompt, Generator
 from megatron_hgpt.samples import EncodedSample, Task
 from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.vision.preprocess import load_image
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
@@ -70,18 +73,21 @@ def _generation_samples(config: RunConfig, tokenizer_hash: str) -> list[EncodedS
         for index in (dataset.tasks == Task.GENERATION.code).nonzero()[0]:
             if len(chosen) == config.logging.num_sample_images:
                 return chosen
-            chosen.append(dataset[int(index)])
+            with contextlib.suppress(SkipSample):  # training counts it
+                sample = dataset[int(index)]
+                sample.images = [load_image(image) for image in sample.images]
+                chosen.append(sample)
     return chosen
 
 
 def _prompt(sample: EncodedSample, generator: Generator) -> EncodedPrompt:
     """The stored tokens up to and including `<start_index>`."""
     start = int((sample.tokens == generator.vocabulary.start_id).nonzero()[0, 0])
-    return generator.splice(sample.task, sample.tokens[: start + 1], sample.images)
+    return generator.splice(sample.task, sample.tokens[: start + 1], sample.images)  # decoded above
 
 
-def _row(inputs: list[Image.Image], target: Image.Image, drawn: Image.Image) -> Image.Image:
-    pictures = [*(image.resize(target.size) for image in inputs), target, drawn]
+def _row(inputs: Sequence[bytes | Image.Image], target: Image.Image, drawn: Image.Image) -> Image.Image:
+    pictures = [*(load_image(image).resize(target.size) for image in inputs), target, drawn]
     row = Image.new("RGB", (target.width * len(pictures), target.height))
     for i, picture in enumerate(pictures):
         row.paste(picture, (i * target.width, 0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def train_vqgan(
 
     Raises:
         ConfigError: a number is out of its range.
-        DataError: no images, or fewer latents than codes.
+        DataError: no images, fewer latents than codes, or `folder` cannot be written.
     """
     check_settings(folder, resolution=resolution, num_codes=num_codes, num_steps=num_steps)
     latents = len(images) * (resolution // 8) ** 2
@@ -69,8 +70,26 @@ def train_vqgan(
             f"{len(images)} images of {resolution} pixels have {latents} latents, fewer than num_codes={num_codes}; "
             "give more images, a larger resolution or fewer codes"
         )
+    with replace_folder(folder) as temporary:  # before the work: what cannot be written is said at once
+        config = _config(resolution, num_codes)
+        model, result = _train(images, config, num_steps, seed, progress)
+        (temporary / "model.yaml").write_text(yaml.safe_dump(_model_yaml(config), sort_keys=False))
+        content = io.BytesIO()  # torch's own writer answers a full disk with an internal error
+        torch.save({"state_dict": model.state_dict()}, content)
+        (temporary / "last.ckpt").write_bytes(content.getbuffer())
+    logger.info("VQGAN: %.2f dB, %d of %d codes, %.0f s", *list(result.values())[:2], num_codes, result["seconds"])
+    return result
+
+
+def _train(
+    images: Sequence[Image.Image],
+    config: VQGANConfig,
+    num_steps: int,
+    seed: int,
+    progress: Callable[[int, float], None] | None,
+) -> tuple[VQGAN, dict[str, float]]:
+    """The model and the figures of `train_vqgan`."""
     start = time.perf_counter()
-    config = _config(resolution, num_codes)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         model = VQGAN(config)
@@ -86,10 +105,7 @@ def train_vqgan(
     fit(encoder + decoder, lambda batch: model.images(model.latents(batch)), views, steps=range(split))
     _set_codebook(model, views, generator)
     fit(decoder, model.images, _codes(model, views), steps=range(split, num_steps))
-    result = _evaluate(model, pixels) | {"seconds": time.perf_counter() - start}
-    _write(folder, config, model)
-    logger.info("VQGAN: %.2f dB, %d of %d codes, %.0f s", *list(result.values())[:2], num_codes, result["seconds"])
-    return result
+    return model, _evaluate(model, pixels) | {"seconds": time.perf_counter() - start}
 
 
 def check_settings(folder: Path, *, resolution: int, num_codes: int, num_steps: int) -> None:
@@ -216,12 +232,6 @@ def _evaluate(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
     drawn = torch.cat([model.decode(batch) for batch in indices.split(_EVALUATION_BATCH)])
     error = ((drawn - pixels) / 2).square().mean()
     return {"psnr": float(-10 * torch.log10(error)), "codes_used": len(indices.unique())}
-
-
-def _write(folder: Path, config: VQGANConfig, model: VQGAN) -> None:
-    with replace_folder(folder) as temporary:
-        (temporary / "model.yaml").write_text(yaml.safe_dump(_model_yaml(config), sort_keys=False))
-        torch.save({"state_dict": model.state_dict()}, temporary / "last.ckpt")
 
 
 def _model_yaml(config: VQGANConfig) -> dict[str, Any]:

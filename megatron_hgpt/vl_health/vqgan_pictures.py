@@ -20,7 +20,7 @@ from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.vision.preprocess import load_image
 from megatron_hgpt.vision.vqgan import VQGAN
 from megatron_hgpt.vision.vqgan_training import check_settings, train_vqgan
-from megatron_hgpt.vl_health.llava_json import input_pictures, read_records, resolve_picture
+from megatron_hgpt.vl_health.llava_json import input_pictures, read_records, require_record, resolve_picture
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,10 @@ def picture_files(sources: Iterable[Path], image_root: Path | None = None) -> tu
 def _pictures_of_records(file: Path, image_root: Path, skips: _Skips) -> Iterator[Path]:
     """Pictures by the rules that preprocessing has for them; the rest of a record may be anything."""
     for record in read_records(file):
-        if not isinstance(record, dict):
-            skips.add(SkipSample("malformed_record", f"expected a JSON object, got {str(record)[:80]!r}"))
+        try:
+            require_record(record)
+        except SkipSample as error:
+            skips.add(error)
             continue
         target = record.get("target_image")
         for item in [*input_pictures(record), *([] if target is None else [target])]:

@@ -12,9 +12,11 @@ import torch
 
 from megatron_hgpt.data.dataset import VLDataset
 from megatron_hgpt.data.mmap_format import DatasetWriter
+from megatron_hgpt.data.source import SampleSource
 from megatron_hgpt.errors import DataError, SkipSample
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.vision.preprocess import load_image
 
 Make = Callable[..., Path]
 
@@ -32,8 +34,8 @@ def test_samples(tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary) -> 
     assert (sample.sample_id, sample.task) == ("g1", Task.GENERATION)
     assert torch.equal(sample.tokens, torch.tensor([1, IMAGE_TOKEN_ID, 11, 21]))
     assert sample.loss_mask.tolist() == [False, False, True, True]
-    assert sample.images[0].size == (12, 8)
-    assert sample.images[0].getpixel((0, 0)) == (1, 1, 1)
+    (picture,) = map(load_image, sample.images)
+    assert (picture.size, picture.getpixel((0, 0))) == ((12, 8), (1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -80,5 +82,6 @@ def test_corrupt_sample(
 
 def test_unreadable_picture_is_skipped(tmp_path: Path, make_dataset: Make, vocabulary: Vocabulary) -> None:
     dataset = _open(make_dataset(tmp_path / "d", [Task.COMPREHENSION], bad=[0]), vocabulary)
+    source = SampleSource([dataset], num_image_tokens=3, image_size=8, max_seq_length=16)
     with pytest.raises(SkipSample, match="unreadable_image"):
-        dataset[0]
+        source.load(0)

@@ -21,6 +21,7 @@ from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.data.loader import build_loader
 from megatron_hgpt.data.mmap_format import DatasetReader
 from megatron_hgpt.errors import CheckpointError, ConfigError, DataError, SkipSample
+from megatron_hgpt.files import sealed, sha256_of
 from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.vision.clip import HVPTower, tower_hash
 from megatron_hgpt.vision.preprocess import clip_preprocess, load_image
@@ -118,7 +119,7 @@ def test_values_that_a_type_cannot_hold_are_refused(dataset: Path, monkeypatch: 
 
 def _forge(folder: Path, **changes: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, **changes})))
 
 
 def test_another_tower_dataset_depth_or_size_is_refused(tmp_path: Path, dataset: Path, make_dataset: Make) -> None:
@@ -156,7 +157,7 @@ def test_damage_is_refused(dataset: Path) -> None:
     with pytest.raises(DataError, match=r"comprehension.bin: 636 bytes, manifest.json says 640"):
         _open(dataset)
     (dataset / "features" / "manifest.json").write_text('["tower_sha256"]')
-    with pytest.raises(DataError, match="is not the manifest of a feature cache"):
+    with pytest.raises(DataError, match="manifest.json holds a list, not an object; hgpt cache-features --overwrite"):
         _open(dataset)
 
 
@@ -203,7 +204,7 @@ def test_the_loader_gives_the_same_samples_without_decoding(
     def no_decoding(*_: Any) -> None:
         raise AssertionError("a picture was decoded")
 
-    monkeypatch.setattr("megatron_hgpt.data.dataset.load_image", no_decoding)
+    monkeypatch.setattr("megatron_hgpt.data.collate.load_image", no_decoding)
     with pytest.raises(AssertionError, match="was decoded"):
         _batches(_config(folder, None))
     cached, cached_counts = _batches(_config(folder, "features"))
@@ -226,7 +227,10 @@ def test_a_skipped_picture_keeps_its_reason_and_a_missing_one_stops(tmp_path: Pa
         cache.read([1], C)
     rows = np.load(folder / "features" / "comprehension_rows.npy")
     assert rows.tolist() == [0, -2, -1]
-    np.save(folder / "features" / "comprehension_rows.npy", np.full_like(rows, -1))
+    rows_file = folder / "features" / "comprehension_rows.npy"
+    np.save(rows_file, np.full_like(rows, -1))
+    digests = json.loads((folder / "features" / "manifest.json").read_text())["sha256"]
+    _forge(folder / "features", sha256={**digests, rows_file.name: sha256_of(rows_file)})
     with pytest.raises(DataError, match="image [01] is not cached"):
         _batches(_config(folder, "features"))
 
@@ -280,5 +284,6 @@ def test_a_killed_process_leaves_no_cache(dataset: Path, caplog: pytest.LogCaptu
     assert not (dataset / "features").exists()
     assert len(list(dataset.glob("features.tmp-*"))) == 1  # it had written
     _write(dataset)
-    assert "was left by a run that was cut off; delete it" in caplog.text
+    assert "was left by a process that was killed; removed" in caplog.text
+    assert [path.name for path in dataset.glob("features*")] == ["features"]
     assert len(_open(dataset).read([0], C)) == 1

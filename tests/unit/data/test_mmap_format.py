@@ -11,6 +11,7 @@ import pytest
 
 from megatron_hgpt.data.mmap_format import MAX_LISTED_SKIPS, DatasetReader, DatasetWriter, read_manifest
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.files import sealed, sha256_of
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, Task
 
 DESCRIPTION: dict[str, Any] = {"tokenizer": {}, "template": {}, "vocabulary": {}}
@@ -138,7 +139,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
 def test_manifest_is_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     manifest = {**_write(tmp_path / "data"), **change}
     path = tmp_path / "data" / "manifest.json"
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+    path.write_text(json.dumps(sealed({key: value for key, value in manifest.items() if value is not None})))
     with pytest.raises(DataError, match=message):
         DatasetReader(tmp_path / "data")
 
@@ -156,6 +157,10 @@ def test_index_of_another_format_is_refused(tmp_path: Path) -> None:
     manifest = _write(tmp_path / "data")
     path = tmp_path / "data" / "tokens.idx"
     path.write_bytes(b"\0" * manifest["files"]["tokens.idx"]["bytes"])
+    with pytest.raises(DataError, match="tokens.idx: its sha256 differs"):
+        DatasetReader(tmp_path / "data")
+    manifest["files"]["tokens.idx"]["sha256"] = sha256_of(path)
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(DataError, match="tokens.idx cannot be read"):
         DatasetReader(tmp_path / "data")
     with pytest.raises(DataError, match="is not a dataset folder"):

@@ -21,6 +21,7 @@ from megatron_hgpt.errors import ConfigError, DataError
 from megatron_hgpt.samples import Task
 from megatron_hgpt.text.tokenizer import TextTokenizer
 from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.vision.preprocess import load_image
 
 
 class FakeVQGAN:
@@ -107,7 +108,7 @@ def test_dataset_of_both_tasks(
     assert answers == [[], [7] * 4, [4, 3, 2, 1], [3] * 4, [8] * 4]
     assert sentencepiece.decode(samples[0].tokens[samples[0].loss_mask].tolist()) == "yes"
     assert [len(sample.images) for sample in samples] == [1, 1, 1, 0, 1]
-    assert samples[1].images[0].getpixel((0, 0)) == (7, 7, 7)
+    assert load_image(samples[1].images[0]).getpixel((0, 0)) == (7, 7, 7)
     assert samples[1].task is Task.GENERATION
 
 
@@ -156,9 +157,29 @@ def test_skips_are_counted_without_naming_the_machine(write: Any, run: Any, tmp_
     assert reasons["malformed_record"] == reasons["path_escape"] == reasons["missing_image"] == 1
     listed = [json.loads(line) for line in (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()]
     assert [entry["id"] for entry in listed] == ["r1", "mini-2", "r2", "r3"]
-    assert "images/1.png" in listed[0]["detail"]
+    assert [(entry["file"], entry["record"]) for entry in listed] == [("train.json", i) for i in range(1, 5)]
     for file in (tmp_path / "data").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_what_records_say_is_listed_on_request_only(write: Any, run: Any, tmp_path: Path) -> None:
+    secret = "SECRET-4711"
+    turns = [{"from": secret, "value": secret}, {"from": "gpt", "value": secret}]
+    records: list[Any] = [
+        _record(0), secret, _record(1, conversations=turns), _record(2, image=f"{secret}.png"), _record(3, task=secret),
+        _record(4, image=f"../{secret}"), _record(5, conversations=[secret]), _record(6, image={secret: secret}),
+        _record(7, target_indices=[4711 * 10**9] * 4), _record(8, source={secret: 1}), _record(9, id={"name": secret}),
+    ]  # fmt: skip
+    item = write(records)
+    (item.path.parent / "images" / f"{secret}.png").write_bytes(secret.encode() * 9)
+    records.append(_record(10, image=f"images/{secret}.png"))
+    item = write(records)
+    for list_text in (False, True):
+        manifest = run(item, name=f"list-{list_text}", list_text=list_text)
+        assert sum(manifest["skipped"].values()) == 11
+        lines = (tmp_path / f"list-{list_text}" / "skipped.jsonl").read_text().splitlines()
+        assert sum("4711" in line for line in lines) == (11 if list_text else 0)
+        assert [json.loads(line)["record"] for line in lines] == list(range(1, 12))
 
 
 def test_many_unusable_records_in_a_row_stop(write: Any, run: Any, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_other_forms(tmp_path: Path) -> None:
     )
     first, second = read_records(path)
     assert first == {"id": "first", "image": [b"1"], "conversations": TURNS}
-    assert second == {"image": [b"2"], "conversations": None}
+    assert second == {"image": [b"2"], "conversations": "broken"}
 
 
 def test_errors(tmp_path: Path) -> None:
