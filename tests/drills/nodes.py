@@ -14,7 +14,8 @@ from tests.drills.sequence import START_S, Drill, Try
 
 PORT = 29507
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-PULLED_S = 2.0
+PULLED_S = (1.0, 12.0)
+"""Seconds until the cable is in again; a closed connection tells the other node at once, silence only at the limit."""
 
 
 def _ip(*words: str) -> None:
@@ -99,7 +100,7 @@ class LostNode(Drill):
 
     def strike(self, attempt: Try) -> None:
         self.run.lose(1)
-        time.sleep(PULLED_S)
+        time.sleep(self.rng.uniform(*PULLED_S))
         self.run.replace(1)
         first = self.run.launchers[0]
         wait_for(lambda: first.poll() is not None or self.run.begun_at() is not None, START_S, "training again")
