@@ -98,9 +98,21 @@ class Checkpointer:
         return base_identity(self.config)
 
     def save(
-        self, models: Sequence[HealthGPT], engine: TrainingEngine, *, step: int, loader_state: dict[str, Any]
+        self,
+        models: Sequence[HealthGPT],
+        engine: TrainingEngine,
+        *,
+        step: int,
+        loader_state: dict[str, Any],
+        is_healthy: bool = True,
     ) -> None:
         """Write ``step_<step>``, or start to; every rank must call it. An earlier save that still writes is awaited.
+
+        Args:
+            models, engine: what is saved.
+            step: optimizer steps completed.
+            loader_state: the loader's position.
+            is_healthy: False where the last step was an abnormal one (`anomaly.AnomalyGuard.is_healthy`).
 
         Raises:
             CheckpointError: a file of this or the earlier save could not be written.
@@ -118,7 +130,7 @@ class Checkpointer:
         is_async = self.config.checkpoint.async_save
         with engine.whole_parameters():
             tensors, state = model_state(models, SAVED_GROUPS), engine.optimizer_state()
-            info = self._describe(step, loader_state, steps_per_group(state))
+            info = self._describe(step, loader_state, steps_per_group(state)) | {"is_healthy": is_healthy}
             with self._write_errors():
                 request = dist_checkpointing.save(
                     {"model": tensors, "optimizer": optimizer_tensors(state, tensors), "rng": rng_object()},
@@ -190,8 +202,11 @@ class Checkpointer:
             temporary.rename(final)
             num_bytes = sum(file.stat().st_size for file in final.iterdir())
             keep = self.config.checkpoint.keep_last
-            for old in checkpoint_folders(self.directory)[:-keep] if keep > 0 else []:
-                shutil.rmtree(old)
+            folders = checkpoint_folders(self.directory)
+            healthy = [folder for folder in folders if read_info(folder).get("is_healthy", True)]
+            for old in folders[:-keep] if keep > 0 else []:
+                if old not in healthy[-1:]:
+                    shutil.rmtree(old)
         torch.distributed.barrier()
         seconds = time.perf_counter() - started_s
         self._ready.append(SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds))
@@ -203,13 +218,21 @@ class Checkpointer:
                 logger.warning("removing %s, which an interrupted save left unfinished", path)
                 shutil.rmtree(path)
 
-    def restore_latest(self, models: Sequence[HealthGPT], engine: TrainingEngine) -> Restored | None:
+    def restore_latest(
+        self, models: Sequence[HealthGPT], engine: TrainingEngine, healthy_only: bool = False
+    ) -> Restored | None:
         """Load the newest complete checkpoint of this run in place; None when there is none.
+
+        Args:
+            models, engine: what is loaded into.
+            healthy_only: leave out those that were saved after an abnormal step.
 
         Raises:
             CheckpointError: it belongs to another model, base or stage.
         """
         folders = checkpoint_folders(self.directory)
+        if healthy_only:
+            folders = [folder for folder in folders if read_info(folder).get("is_healthy", True)]
         if not folders:
             return None
         folder = folders[-1]

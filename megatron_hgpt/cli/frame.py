@@ -25,7 +25,8 @@ from megatron_hgpt.environment import (
     rank_from_environment,
     use_one_hardware_queue,
 )
-from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean
+from megatron_hgpt.errors import CheckpointError, ConfigError, DivergedError, HealthGPTError, HungError, did_you_mean
+from megatron_hgpt.exit_status import ExitStatus
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
@@ -226,7 +227,9 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
         # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
-    return USER_ERROR
+    if isinstance(error, DivergedError):
+        return ExitStatus.DIVERGED
+    return ExitStatus.HUNG if isinstance(error, HungError) else USER_ERROR
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("inference",),
     ("trainer",),
+    ("anomaly",),
     ("gradient_audit",),
     ("hooks",),
     ("checkpoint",),
