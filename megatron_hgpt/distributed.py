@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,6 +72,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             create_gloo_process_groups=not on_cpu,
+            distributed_timeout_minutes=timeout_s / 60,  # its groups have their own; a fraction is fine with it
         )
     context = DistributedContext(
         device=device,
@@ -87,6 +89,12 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
     )
     seed_everything(context, seed)
     return context
+
+
+def store_of_its_own() -> torch.distributed.Store:
+    """A connection to the process group's store for a thread: on a shared one it would wait for the main thread."""
+    shared: Any = torch.distributed.distributed_c10d._get_default_store()
+    return shared.clone()
 
 
 def seed_everything(context: DistributedContext, seed: int) -> None:

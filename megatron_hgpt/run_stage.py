@@ -10,8 +10,8 @@ from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.batching import global_batch_size, repetition_warning
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.environment import world_size_from_environment
-from megatron_hgpt.hooks import PathParameters, SampleImages
+from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
+from megatron_hgpt.hooks import PathParameters, SampleImages, WatchdogHook
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
@@ -34,10 +34,18 @@ def main(config: RunConfig) -> None:
     """
     validate(config, world_size_from_environment())
     stage = resolve_stage(config.training)
-    context = distributed.initialize(config.parallel, config.training.seed)
-    if not context.is_writer:
-        logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
+    watchdog = WatchdogHook(
+        config.timeouts,
+        rank=rank_from_environment(),
+        world_size=world_size_from_environment(),
+        output_dir=Path(config.output_dir),
+    )
+    watchdog.start()
     try:
+        context = distributed.initialize(config.parallel, config.training.seed, config.timeouts.collective_s)
+        watchdog.connect(distributed.store_of_its_own())
+        if not context.is_writer:
+            logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
         # Here and not at the top: the import-order rule of `cpu_platform`.
         from megatron_hgpt.build import build_model_chunks, freeze_except
         from megatron_hgpt.checkpoint import Checkpointer, load_weights
@@ -86,8 +94,8 @@ def main(config: RunConfig) -> None:
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
         hooks = build_hooks(
             config,
-            rank=context.rank,
             world_size=context.world_size,
+            watchdog=watchdog,
             parameters=_path_parameters(config),
             sample_images=_image_sampler(config, models[0], tokenizer, context),
         )
@@ -104,6 +112,7 @@ def main(config: RunConfig) -> None:
         ).fit()
     finally:
         distributed.shutdown()
+        watchdog.stop()
 
 
 def _path_parameters(config: RunConfig) -> PathParameters:

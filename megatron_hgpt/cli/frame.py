@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import logging
 import math
 import re
@@ -21,9 +20,9 @@ from megatron_hgpt import __version__
 from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
 from megatron_hgpt.environment import (
-    error_file_from_environment,
     rank_from_environment,
     use_one_hardware_queue,
+    write_error_file,
 )
 from megatron_hgpt.errors import CheckpointError, ConfigError, DivergedError, HealthGPTError, HungError, did_you_mean
 from megatron_hgpt.exit_status import ExitStatus
@@ -223,10 +222,8 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
     message = f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {text}"
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
-    if path := error_file_from_environment():
-        # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
+    # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
+    write_error_file(message)
     if isinstance(error, DivergedError):
         return ExitStatus.DIVERGED
     return ExitStatus.HUNG if isinstance(error, HungError) else USER_ERROR
