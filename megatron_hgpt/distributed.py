@@ -12,7 +12,11 @@ import torch
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import ParallelConfig
-from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
+from megatron_hgpt.environment import (
+    rank_from_environment,
+    restart_count_from_environment,
+    world_size_from_environment,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +96,12 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
 
 
 def store_of_its_own() -> torch.distributed.Store:
-    """A connection to the process group's store for a thread: on a shared one it would wait for the main thread."""
+    """A connection to the process group's store for a thread: on a shared one it would wait for the main thread.
+
+    What an earlier start of the same launcher wrote is not in it.
+    """
     shared: Any = torch.distributed.distributed_c10d._get_default_store()
-    return shared.clone()
+    return torch.distributed.PrefixStore(f"start {restart_count_from_environment()}", shared.clone())
 
 
 def seed_everything(context: DistributedContext, seed: int) -> None:

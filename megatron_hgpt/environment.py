@@ -35,6 +35,11 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def restart_count_from_environment() -> str:
+    """How often torchrun itself has started this run's processes again; 0 without torchrun."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def write_error_file(message: str) -> None:
     """Leave the message that torchrun repeats at the end of its report on this process; nothing without torchrun."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):

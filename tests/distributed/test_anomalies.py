@@ -111,14 +111,14 @@ def checksum(trainer: Any) -> float:
 
 
 def overflow(trainer: Any, step: int, rank: int) -> None:
-    """The gradient of one parameter becomes infinite on one rank, in one step; the loss stays as it is."""
-    parameter = next(p for model in trainer.models for n, p in model.named_parameters() if p.requires_grad)
+    """The gradients become infinite on one rank, in one step; the loss stays as it is."""
 
     def infinite(gradient: torch.Tensor) -> torch.Tensor:
         is_due = trainer.step == step and trainer.context.rank == rank
         return torch.full_like(gradient, math.inf) if is_due else gradient
 
-    parameter.register_hook(infinite)
+    for parameter in (p for model in trainer.models for p in model.parameters() if p.requires_grad):
+        parameter.register_hook(infinite)
 
 
 @pytest.fixture(scope="module")
