@@ -83,7 +83,8 @@ class AnomalyGuard:
         spikes = self._spikes(totals.loss_per_task)
         is_bad = bool(bad) or not has_finite_gradient or not math.isfinite(float(totals.all_tasks.loss_sum))
         flags = torch.tensor([is_bad, bool(spikes)], dtype=torch.int32, device=self.context.device)
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        if self.context.world_size > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         any_bad, any_spike = map(bool, flags.tolist())
         if any_bad:
             text = self._where_not_finite(batches, bad, has_finite_gradient)

@@ -49,10 +49,10 @@ class Beat:
         fields = json.loads(text)
         return cls(**{**fields, "phase": Phase(fields["phase"])})
 
-    def describe(self, rank: int) -> str:
-        """Which process, and where it stands."""
+    def describe(self, rank: int, *, is_silent: bool = False) -> str:
+        """Which process, and where it stands, or stood when it was last heard of."""
         host = self.host.partition(" ")[0]
-        return f"rank {rank} (pid {self.pid} on {host}), {self.phase} at {self.place}"
+        return f"rank {rank} (pid {self.pid} on {host}), {'last seen ' * is_silent}{self.phase} at {self.place}"
 
 
 def host_name() -> str:

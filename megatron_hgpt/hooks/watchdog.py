@@ -194,7 +194,7 @@ class WatchdogHook(Hook):
             self._end(end["text"], {int(r): Beat.from_json(b) for r, b in end["silent"].items()})
         if self._peer_error_s is None and self._store.check(["watchdog/error"]):
             self._peer_error_s = self._clock_s
-        if self.rank == 0 or (self.rank == 1 and self._is_silent(0)):
+        if self.rank == 0 or (self.rank == 1 and self._is_silent(0)) or self._idle_s >= self._limit_s():
             self._hear(range(self.world_size))
         elif self.rank == 1:
             self._hear([0])
@@ -229,7 +229,10 @@ class WatchdogHook(Hook):
         lost = [rank for rank in silent if self._is_silent(rank, self.timeouts.step_limit_s)]
         if self._peer_error_s is not None and self._clock_s - self._peer_error_s >= PEER_ERROR_S:
             self._tell_end("another rank ended with an error, and this one waited for it", silent)
-        elif self._idle_s >= limit_s or (lost and speaks):
+        elif speaks and (self._idle_s >= limit_s or lost):
+            self._tell_end(f"{self._standstill(silent)}: the limit is reached", silent)
+        elif self._idle_s >= limit_s + 3 * self.tick_s:  # nobody who watches them all is left; this one has by now
+            silent = [rank for rank in self._beats if self._is_silent(rank, 2 * self.tick_s)]
             self._tell_end(f"{self._standstill(silent)}: the limit is reached", silent)
         elif speaks and not self._is_warned:
             self._is_warned = True
@@ -256,7 +259,7 @@ class WatchdogHook(Hook):
     def _standstill(self, silent: Collection[int]) -> str:
         """One sentence: since when, and whom the others wait for."""
         behind = ranks_behind(self._beats, silent)
-        named = "; ".join(self._beats[rank].describe(rank) for rank in behind[:3])
+        named = "; ".join(self._beats[rank].describe(rank, is_silent=bool(silent)) for rank in behind[:3])
         more = f" and {len(behind) - 3} more" if len(behind) > 3 else ""
         if silent:
             silence_s = max(self._clock_s - self._heard_s[rank] for rank in silent)
@@ -277,6 +280,9 @@ class WatchdogHook(Hook):
     def _end(self, text: str, silent: Mapping[int, Beat]) -> None:
         """End this process, and those on its machine that cannot hear."""
         self._dump()
+        assert self._file is not None
+        # Where even the message cannot be written, for instance to a pipe that nobody reads.
+        faulthandler.dump_traceback_later(10.0, exit=True, file=self._file)
         message = f"HungError: {text}; stacks in {self.path.parent}; start again to go on from the newest checkpoint"
         if self.rank == 0 or (self.rank == 1 and 0 in silent):
             logger.error("%s", message)

@@ -122,9 +122,9 @@ NAMED = {
     ): r"no progress after step 2 for .* s: behind is rank 1 \(pid \d+ on .*\), loading data at .*; stacks in "
     r"\S+/watchdog/rank_1\.txt; look at the storage of data\.train",
     ("sleep", 0): r"behind is rank 0 \(pid \d+ on .*\), loading data at .*; stacks in \S+/watchdog/rank_0\.txt",
-    ("stop", 1): r"no sign of life for .* s from rank 1 \(pid \d+ on .*\), loading data at .*: stopped, or its machine",
-    ("stop", 0): r"no sign of life for .* s from rank 0 \(pid \d+ on .*\), loading data at .*: stopped, or its machine",
-    ("lock", 1): r"no sign of life for .* s from rank 1 \(pid \d+ on .*\), loading data at .*: stopped, or its machine",
+    ("stop", 1): r"no sign of life for .* s from rank 1 \(pid \d+ on .*\), last seen .*: stopped, or its machine",
+    ("stop", 0): r"no sign of life for .* s from rank 0 \(pid \d+ on .*\), last seen .*: stopped, or its machine",
+    ("lock", 1): r"no sign of life for .* s from rank 1 \(pid \d+ on .*\), last seen .*: stopped, or its machine",
 }
 
 
