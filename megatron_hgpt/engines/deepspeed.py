@@ -67,6 +67,7 @@ class DeepSpeedEngine:
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """See `TrainingEngine.accumulate`."""
         self._engine.train()
+        place = self.optimizer.micro_step_id
         with self._engine.coalesce_grad_reduction():
             try:
                 reports, num_tokens, is_finite = self._run(batches)
@@ -80,6 +81,10 @@ class DeepSpeedEngine:
                 self._engine.zero_grad()
                 self._sums.clear()
                 raise
+        if not is_finite:
+            # No `step` will follow: without this DeepSpeed would add the next gradient to what the last step left.
+            self.optimizer.zero_grad()
+            self.optimizer.micro_step_id = place
         return reports
 
     @torch.no_grad()

@@ -152,7 +152,8 @@ class WatchdogHook(Hook):
         assert self._file is not None
         left_s = self._warning_s() - self._idle_s
         if left_s > 0:
-            faulthandler.dump_traceback_later(left_s + 2 * self.tick_s, file=self._file)
+            # Put off with every beat, so it comes only where there are no more.
+            faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._file)
         elif left_s > -1.5 * self.tick_s:
             self._dump()
 
