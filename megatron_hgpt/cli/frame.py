@@ -210,7 +210,7 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
         rank = rank_from_environment()
     except ConfigError:  # the error itself, then
         rank = 0
-    if rank:
+    if rank and not isinstance(error, HungError):  # that is one rank's alone
         # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
         signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
         time.sleep(RANK_ERROR_DELAY_S)

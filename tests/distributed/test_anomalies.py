@@ -77,6 +77,7 @@ def fit(
         checkpoint=CheckpointConfig(save_interval_steps=options.get("save_interval", 2), keep_last=2),
         engine=options.get("engine", EngineConfig()),
     )
+    config.optimizer.schedule = "linear"  # so that a schedule which is not set back shows
     loader = type("Loader", (options.get("loader", Poisoned),), {"bad_steps": bad_steps})
     trainer = build_trainer(config, context, loader_class=loader, hooks=[MetricsHook()])
     if "gradient" in options:

@@ -1,4 +1,4 @@
-"""A rank that hangs, under a real launcher: it is named on the console, and the run ends on every rank."""
+"""A rank that hangs or diverges, under a real launcher: it is named on the console, and the run ends on every rank."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_hgpt.config import ParallelConfig
 from megatron_hgpt.exit_status import ExitStatus
+from megatron_hgpt.testing.distributed import run_ranks
 from tests.drills.assets import write_assets
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +40,10 @@ def hang(self):
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault == "error":
             raise ValueError("a fault of one rank alone")
+        elif fault == "diverge":
+            batches = next_step(self)
+            batches[0].pixel_values.fill_(float("nan"))
+            return batches
         elif fault == "slow":
             time.sleep(5)
     return next_step(self)
@@ -165,3 +172,37 @@ def test_samples_that_do_not_come(config: Path, tmp_path: Path, started: list[Ru
         r"the samples of step \d were not there after 2 s \(timeouts\.loader_s\) on data-parallel rank 1", run.text()
     )
     assert not run.ranks()
+
+
+def test_a_run_that_diverges_says_so_and_is_not_worth_another_start(
+    config: Path, tmp_path: Path, started: list[Run]
+) -> None:
+    run = Run(tmp_path, config, "diverge", 1, "anomaly.not_finite=stop", "timeouts.step_limit_s=60")
+    started.append(run)
+    assert run.wait(120) != 0
+    said = r"DivergedError: step 3: the loss is not finite on rank 1, micro-batch 1 of \d \(sample.*not_finite=stop"
+    assert re.search(said, run.text()), run.text()[-3000:]
+    assert re.search(rf"exitcode  : {ExitStatus.DIVERGED.value} ", run.text())
+
+
+def collective(timeout_s: float) -> list[float]:
+    """Seconds that the first rank waits in a collective of each group that the second never joins."""
+    from megatron.core import parallel_state
+
+    from megatron_hgpt import distributed
+
+    context = distributed.initialize(ParallelConfig(), 1, timeout_s)
+    waited = []
+    for group in (None, parallel_state.get_data_parallel_group()) if context.rank == 0 else ():
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            torch.distributed.all_reduce(torch.zeros(1), group=group)
+        waited.append(time.monotonic() - began)
+    if context.rank:
+        time.sleep(4 * timeout_s)
+    return waited
+
+
+def test_collectives_of_every_group_have_the_configured_timeout() -> None:
+    waited, _ = run_ranks(collective, 2, 1.5)
+    assert len(waited) == 2 and all(1 < seconds < 5 for seconds in waited)
