@@ -65,7 +65,9 @@ def fit(
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_hgpt.trainer").addHandler(handler)
+    trainer_log = logging.getLogger("megatron_hgpt.trainer")
+    trainer_log.addHandler(handler)
+    trainer_log.setLevel(logging.INFO)
     context = distributed.initialize(parallel, seed=1)
     settings = {"num_steps": NUM_STEPS, "precision": "fp32", "micro_batch_size": 2, "global_batch_size": 8}
     config = tiny_config(
@@ -211,6 +213,18 @@ def test_a_policy_or_a_limit_ends_the_run(
     healthy = {int(f.name[5:]): json.loads((f / "healthgpt.json").read_text())["is_healthy"] for f in folders}
     assert max(healthy) == last and all(is_healthy == (step <= 2) for step, is_healthy in healthy.items())
     assert 2 in healthy, "keep_last=2, and the newest healthy one stays beside two of steps left out"
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_an_ordinary_step(backbone: Path, tmp_path: Path) -> None:
+    """The newest one was saved at step 4, whose update was left out; a folder with such alone is not begun anew."""
+    (first,) = run_ranks(fit, 1, backbone, tmp_path, (3,), AnomalyConfig(), {"training": {"num_steps": 4}})
+    assert first["lines"][0].endswith("its update is left out")
+    (second,) = run_ranks(fit, 1, backbone, tmp_path, (), AnomalyConfig(), {})
+    assert second["lines"][0].startswith(f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'}: 2 of 6 steps")
+    only = {"training": {"num_steps": 1}}
+    run_ranks(fit, 1, backbone, tmp_path / "only", (0,), AnomalyConfig(), only)
+    (third,) = run_ranks(fit, 1, backbone, tmp_path / "only", (), AnomalyConfig(), {"training": {"num_steps": 2}})
+    assert "step_00000001: 1 of 2 steps are done" in third["lines"][0]
 
 
 def test_without_a_checkpoint_a_rollback_leaves_the_update_out(backbone: Path, tmp_path: Path) -> None:
