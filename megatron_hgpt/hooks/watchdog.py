@@ -68,7 +68,7 @@ class WatchdogHook(Hook):
         self._clock_s = 0.0
         """Seconds that this process ran; the time in which it was stopped itself does not count against others."""
         self._begun_s = 0.0
-        self._is_warned = False
+        self._is_warned = self._is_dumped = False
         self._peer_error_s: float | None = None
 
     def start(self) -> None:
@@ -91,7 +91,7 @@ class WatchdogHook(Hook):
         if self._file is None:
             return
         self._stop.set()
-        self._thread.join(timeout=self.tick_s)
+        self._thread.join(timeout=10.0)
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         self._file = None
@@ -154,7 +154,9 @@ class WatchdogHook(Hook):
         if left_s > 0:
             # Put off with every beat, so it comes only where there are no more.
             faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._file)
-        elif left_s > -1.5 * self.tick_s:
+            self._is_dumped = False
+        elif not self._is_dumped:
+            self._is_dumped = True
             self._dump()
 
     def _dump(self) -> None:
@@ -221,6 +223,8 @@ class WatchdogHook(Hook):
         """Warn once per standstill, say that it is over, and end the run at the limit."""
         silent = [rank for rank in self._beats if self._is_silent(rank)]
         speaks = self.rank == 0 or 0 in silent
+        if self._peer_error_s is not None and min(self._clock_s - self._peer_error_s, self._idle_s) >= PEER_ERROR_S:
+            self._tell_end("another rank ended with an error, and this one waited for it", silent)
         if self._idle_s < self._warning_s() and not silent:
             if self._is_warned and speaks:
                 logger.warning("the run goes on, at step %d", self._now[1])
@@ -228,22 +232,23 @@ class WatchdogHook(Hook):
             return
         limit_s = self._limit_s()
         lost = [rank for rank in silent if self._is_silent(rank, self.timeouts.step_limit_s)]
-        if self._peer_error_s is not None and self._clock_s - self._peer_error_s >= PEER_ERROR_S:
-            self._tell_end("another rank ended with an error, and this one waited for it", silent)
-        elif speaks and (self._idle_s >= limit_s or lost):
+        if speaks and (self._idle_s >= limit_s or lost):
             self._tell_end(f"{self._standstill(silent)}: the limit is reached", silent)
         elif self._idle_s >= limit_s + 3 * self.tick_s:  # nobody who watches them all is left; this one has by now
             silent = [rank for rank in self._beats if self._is_silent(rank, 2 * self.tick_s)]
             self._tell_end(f"{self._standstill(silent)}: the limit is reached", silent)
         elif speaks and not self._is_warned:
             self._is_warned = True
-            self._warn(silent, limit_s)
+            self._warn(silent)
 
-    def _warn(self, silent: Collection[int], limit_s: float) -> None:
+    def _warn(self, silent: Collection[int]) -> None:
         behind = ranks_behind(self._beats, silent)
         phase = self._beats[behind[0]].phase
-        waited_s = max([self._idle_s, *(self._clock_s - self._heard_s[rank] for rank in silent)])
-        option = {Phase.START: "start_s", Phase.SAVE: "save_s"}.get(self._now[2], "step_limit_s")
+        option, left_s = "step_limit_s", self._limit_s() - self._idle_s
+        if silent:
+            left_s = self.timeouts.step_limit_s - max(self._clock_s - self._heard_s[rank] for rank in silent)
+        elif self._now[2] in (Phase.START, Phase.SAVE):
+            option = "start_s" if self._now[2] is Phase.START else "save_s"
         logger.log(
             # Other ranks than the first show errors only.
             logging.WARNING if self.rank == 0 else logging.ERROR,
@@ -252,7 +257,7 @@ class WatchdogHook(Hook):
             self._standstill(silent),
             self.path.with_name(f"rank_{behind[0]}.txt" if not silent else "rank_*.txt"),
             _REMEDY if silent else _REMEDIES.get(phase, _REMEDY),
-            duration(max(limit_s - waited_s, 0.0)),
+            duration(max(left_s, 0.0)),
             ExitStatus.HUNG,
             option,
         )
