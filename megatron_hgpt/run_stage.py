@@ -17,6 +17,8 @@ from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
 
 if TYPE_CHECKING:
+    from megatron_hgpt.data.loader import TrainLoader
+    from megatron_hgpt.data.validation_loader import ValidationLoader
     from megatron_hgpt.distributed import DistributedContext
     from megatron_hgpt.model.healthgpt import HealthGPT
     from megatron_hgpt.text.tokenizer import TextTokenizer
@@ -34,12 +36,7 @@ def main(config: RunConfig) -> None:
     """
     validate(config, world_size_from_environment())
     stage = resolve_stage(config.training)
-    watchdog = WatchdogHook(
-        config.timeouts,
-        rank=rank_from_environment(),
-        world_size=world_size_from_environment(),
-        output_dir=Path(config.output_dir),
-    )
+    watchdog = _watchdog(config)
     watchdog.start()
     try:
         context = distributed.initialize(config.parallel, config.training.seed, config.timeouts.collective_s)
@@ -52,7 +49,6 @@ def main(config: RunConfig) -> None:
         from megatron_hgpt.data.loader import build_loader
         from megatron_hgpt.data.validation_loader import build_validation_loader
         from megatron_hgpt.hooks import build_hooks
-        from megatron_hgpt.hooks.header import header_lines
         from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.trainer import Trainer
 
@@ -78,17 +74,7 @@ def main(config: RunConfig) -> None:
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
         )
-        for line in header_lines(
-            config,
-            context,
-            layers=describe_choice(config.model, config.training),
-            parameters=count_parameters(config.model),
-            trained=count_trained(config.model, stage.trainable),
-            total_steps=total_steps,
-            loader=loader,
-            validation=validation,
-        ):
-            logger.info("%s", line)
+        _log_header(config, context, loader=loader, validation=validation, total_steps=total_steps)
         if warning := repetition_warning(config, loader.epoch_size):
             logger.warning("%s", warning)
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
@@ -113,6 +99,36 @@ def main(config: RunConfig) -> None:
     finally:
         distributed.shutdown()
         watchdog.stop()
+
+
+def _watchdog(config: RunConfig) -> WatchdogHook:
+    """Of this process, before there is a process group."""
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    return WatchdogHook(config.timeouts, rank=rank, world_size=world_size, output_dir=Path(config.output_dir))
+
+
+def _log_header(
+    config: RunConfig,
+    context: DistributedContext,
+    *,
+    loader: TrainLoader,
+    validation: ValidationLoader | None,
+    total_steps: int,
+) -> None:
+    """What will run."""
+    from megatron_hgpt.hooks.header import header_lines
+
+    for line in header_lines(
+        config,
+        context,
+        layers=describe_choice(config.model, config.training),
+        parameters=count_parameters(config.model),
+        trained=count_trained(config.model, resolve_stage(config.training).trainable),
+        total_steps=total_steps,
+        loader=loader,
+        validation=validation,
+    ):
+        logger.info("%s", line)
 
 
 def _path_parameters(config: RunConfig) -> PathParameters:

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -48,7 +49,8 @@ class WatchdogHook(Hook):
         timeouts: `step_warning_s`, `step_limit_s`, `start_s`, `save_s`.
         rank: of this process.
         world_size: processes of the run.
-        output_dir: of the run; stacks go to ``watchdog/rank_<rank>.txt`` in it.
+        output_dir: of the run. Stacks go to ``watchdog/rank_<rank>.txt`` in it once the run has begun; to stderr before,
+            as the folder may be another run's until then.
     """
 
     def __init__(self, timeouts: TimeoutsConfig, *, rank: int, world_size: int, output_dir: Path) -> None:
@@ -56,6 +58,7 @@ class WatchdogHook(Hook):
         self.path = output_dir / "watchdog" / f"rank_{rank}.txt"
         self.tick_s = min(5.0, timeouts.step_warning_s / 5)
         self._file: IO[str] | None = None
+        """Open as long as the run: faulthandler needs it beforehand."""
         self._store: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -73,8 +76,6 @@ class WatchdogHook(Hook):
 
     def start(self) -> None:
         """Watch this rank from now on; it is starting."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
         self._thread.start()
 
     def connect(self, store: Any) -> None:
@@ -88,17 +89,22 @@ class WatchdogHook(Hook):
 
     def stop(self) -> None:
         """Stop watching; an empty file of stacks is removed, and the folder with the last of them."""
-        if self._file is None:
-            return
         self._stop.set()
         self._thread.join(timeout=10.0)
         faulthandler.cancel_dump_traceback_later()
+        if self._file is None:
+            return
         self._file.close()
         self._file = None
         if self.path.stat().st_size == 0:
             self.path.unlink()
             with contextlib.suppress(OSError):  # other ranks' stacks are still in it
                 self.path.parent.rmdir()
+
+    def on_fit_start(self, state: TrainState) -> None:
+        """The folder is this run's."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
 
     def on_phase(self, state: TrainState, phase: Phase) -> None:
         """A new part of the work is progress."""
@@ -147,24 +153,29 @@ class WatchdogHook(Hook):
         has_own = phase in (Phase.START, Phase.SAVE)
         return max(self.timeouts.step_warning_s, self._limit_s() / 2 if has_own else 0.0)
 
+    @property
+    def _stacks(self) -> IO[str]:
+        """What stacks are written to."""
+        file = self._file or sys.__stderr__
+        assert file is not None
+        return file
+
     def _dump_if_due(self) -> None:
         """Write the stacks once when this rank stands still; faulthandler's own thread does, where this one cannot."""
-        assert self._file is not None
         left_s = self._warning_s() - self._idle_s
         if left_s > 0:
             # Put off with every beat, so it comes only where there are no more.
-            faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._file)
+            faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._stacks)
             self._is_dumped = False
         elif not self._is_dumped:
             self._is_dumped = True
             self._dump()
 
     def _dump(self) -> None:
-        assert self._file is not None
         faulthandler.cancel_dump_traceback_later()
-        self._file.write(f"{time.strftime('%H:%M:%S')} {self._beat(0).describe(self.rank)}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(self._file)
+        self._stacks.write(f"{time.strftime('%H:%M:%S')} {self._beat(0).describe(self.rank)}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks)
 
     def _beat(self, number: int) -> Beat:
         progress, step, phase = self._now
@@ -286,9 +297,8 @@ class WatchdogHook(Hook):
     def _end(self, text: str, silent: Mapping[int, Beat]) -> None:
         """End this process, and those on its machine that cannot hear."""
         self._dump()
-        assert self._file is not None
         # Where even the message cannot be written, for instance to a pipe that nobody reads.
-        faulthandler.dump_traceback_later(10.0, exit=True, file=self._file)
+        faulthandler.dump_traceback_later(10.0, exit=True, file=self._stacks)
         message = f"HungError: {text}; stacks in {self.path.parent}; start again to go on from the newest checkpoint"
         if self.rank == 0 or (self.rank == 1 and 0 in silent):
             logger.error("%s", message)

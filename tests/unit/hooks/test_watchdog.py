@@ -80,6 +80,7 @@ def make(
         hook = WatchdogHook(TimeoutsConfig(**timeouts), rank=rank, world_size=world_size, output_dir=tmp_path)
         hook.connect(store)
         hook.start()
+        hook.on_fit_start(make_state())
         hook.on_phase(make_state(), Phase.COMPUTE)
         hooks.append(hook)
         return hook
@@ -102,6 +103,14 @@ def test_nothing_is_left_of_a_usual_run(make: Callable[..., WatchdogHook], tmp_p
     assert (tmp_path / "watchdog").exists()
     hook.stop()
     assert not (tmp_path / "watchdog").exists() and caplog.text == ""
+
+
+def test_the_folder_is_left_alone_before_the_run_has_begun(tmp_path: Path) -> None:
+    """It may be another run's, which is only known when the process group is there."""
+    hook = WatchdogHook(TimeoutsConfig(), rank=0, world_size=1, output_dir=tmp_path)
+    hook.start()
+    hook.stop()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_standstill_is_said_once_with_the_stacks(
