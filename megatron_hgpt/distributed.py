@@ -7,12 +7,17 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_hgpt import cpu_platform
 from megatron_hgpt.config import ParallelConfig
-from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
+from megatron_hgpt.environment import (
+    rank_from_environment,
+    restart_count_from_environment,
+    world_size_from_environment,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +77,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             create_gloo_process_groups=not on_cpu,
+            distributed_timeout_minutes=timeout_s / 60,  # its groups have their own; a fraction is fine with it
         )
     context = DistributedContext(
         device=device,
@@ -88,6 +94,15 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
     )
     seed_everything(context, seed)
     return context
+
+
+def store_of_its_own() -> torch.distributed.Store:
+    """A connection to the process group's store for a thread: on a shared one it would wait for the main thread.
+
+    What an earlier start of the same launcher wrote is not in it.
+    """
+    shared: Any = torch.distributed.distributed_c10d._get_default_store()
+    return torch.distributed.PrefixStore(f"start {restart_count_from_environment()}", shared.clone())
 
 
 def seed_everything(context: DistributedContext, seed: int) -> None:

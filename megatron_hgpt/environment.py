@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_hgpt.errors import ConfigError
 
@@ -42,9 +45,16 @@ def started_by_ft_launcher() -> bool:
     return "FT_RANK_MONITOR_IPC_SOCKET" in os.environ
 
 
-def error_file_from_environment() -> str | None:
-    """File whose message torchrun repeats at the end of its report on a failed process; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+def restart_count_from_environment() -> str:
+    """How often torchrun itself has started this run's processes again; 0 without torchrun."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def write_error_file(message: str) -> None:
+    """Leave the message that torchrun repeats at the end of its report on this process; nothing without torchrun."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def environment_with(variables: Mapping[str, str]) -> dict[str, str]:

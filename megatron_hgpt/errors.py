@@ -22,6 +22,14 @@ class DataError(HealthGPTError, RuntimeError):
     """A dataset as a whole cannot be used (missing file, manifest of another tokenizer, too many bad samples)."""
 
 
+class DivergedError(HealthGPTError, RuntimeError):
+    """Training cannot go on with these numbers, and would end the same way again (exit status `DIVERGED`)."""
+
+
+class HungError(HealthGPTError, RuntimeError):
+    """Something did not come within its time limit; starting again may well help (exit status `HUNG`)."""
+
+
 class SkipSample(HealthGPTError):  # noqa: N818  (a signal to the caller, not a failure of the run)
     """One sample cannot be used; the caller skips it and counts `reason`.
 

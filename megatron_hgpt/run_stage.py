@@ -11,14 +11,16 @@ from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.batching import global_batch_size, repetition_warning
 from megatron_hgpt.config import RunConfig
-from megatron_hgpt.environment import world_size_from_environment
-from megatron_hgpt.hooks import PathParameters, SampleImages
+from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
+from megatron_hgpt.hooks import PathParameters, SampleImages, WatchdogHook
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.ownership import FolderOwner
 from megatron_hgpt.stages import resolve_stage
 from megatron_hgpt.validation import validate
 
 if TYPE_CHECKING:
+    from megatron_hgpt.data.loader import TrainLoader
+    from megatron_hgpt.data.validation_loader import ValidationLoader
     from megatron_hgpt.distributed import DistributedContext
     from megatron_hgpt.model.healthgpt import HealthGPT
     from megatron_hgpt.text.tokenizer import TextTokenizer
@@ -39,18 +41,20 @@ def main(config: RunConfig) -> int:
     """
     validate(config, world_size_from_environment())
     stage = resolve_stage(config.training)
-    context = distributed.initialize(config.parallel, config.training.seed)
-    if not context.is_writer:
-        logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
+    watchdog = _watchdog(config)
+    watchdog.start()
     owned = contextlib.ExitStack()
     try:
+        context = distributed.initialize(config.parallel, config.training.seed, config.timeouts.collective_s)
+        watchdog.connect(distributed.store_of_its_own())
+        if not context.is_writer:
+            logging.getLogger("megatron_hgpt").setLevel(logging.ERROR)
         # Here and not at the top: the import-order rule of `cpu_platform`.
         from megatron_hgpt.build import build_model_chunks, freeze_except
         from megatron_hgpt.checkpoint import Checkpointer, load_weights
         from megatron_hgpt.data.loader import build_loader
         from megatron_hgpt.data.validation_loader import build_validation_loader
         from megatron_hgpt.hooks import build_hooks
-        from megatron_hgpt.hooks.header import header_lines
         from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.trainer import Trainer
 
@@ -77,24 +81,14 @@ def main(config: RunConfig) -> int:
         total_steps = config.training.num_steps or max(
             1, round((config.training.num_epochs or 1) * loader.steps_per_epoch)
         )
-        for line in header_lines(
-            config,
-            context,
-            layers=describe_choice(config.model, config.training),
-            parameters=count_parameters(config.model),
-            trained=count_trained(config.model, stage.trainable),
-            total_steps=total_steps,
-            loader=loader,
-            validation=validation,
-        ):
-            logger.info("%s", line)
+        _log_header(config, context, loader=loader, validation=validation, total_steps=total_steps)
         if warning := repetition_warning(config, loader.epoch_size):
             logger.warning("%s", warning)
         checkpointer = Checkpointer(config, trained_groups=[*trained, *stage.trainable], is_writer=context.is_writer)
         hooks = build_hooks(
             config,
-            rank=context.rank,
             world_size=context.world_size,
+            watchdog=watchdog,
             parameters=_path_parameters(config),
             sample_images=_image_sampler(config, models[0], tokenizer, context),
         )
@@ -112,6 +106,37 @@ def main(config: RunConfig) -> int:
     finally:
         owned.close()
         distributed.shutdown()
+        watchdog.stop()
+
+
+def _watchdog(config: RunConfig) -> WatchdogHook:
+    """Of this process, before there is a process group."""
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    return WatchdogHook(config.timeouts, rank=rank, world_size=world_size, output_dir=Path(config.output_dir))
+
+
+def _log_header(
+    config: RunConfig,
+    context: DistributedContext,
+    *,
+    loader: TrainLoader,
+    validation: ValidationLoader | None,
+    total_steps: int,
+) -> None:
+    """What will run."""
+    from megatron_hgpt.hooks.header import header_lines
+
+    for line in header_lines(
+        config,
+        context,
+        layers=describe_choice(config.model, config.training),
+        parameters=count_parameters(config.model),
+        trained=count_trained(config.model, resolve_stage(config.training).trainable),
+        total_steps=total_steps,
+        loader=loader,
+        validation=validation,
+    ):
+        logger.info("%s", line)
 
 
 def _written_folders(config: RunConfig) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,17 +13,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from megatron_hgpt.anomaly import AnomalyGuard
 from megatron_hgpt.config_io import save_config
 from megatron_hgpt.engines import build_engine
 from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
-from megatron_hgpt.hooks.base import StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.hooks.base import Anomaly, Phase, StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.interruption import StopSignals
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.parameters import named_parameters
 
 if TYPE_CHECKING:
-    from megatron_hgpt.checkpoint import Checkpointer
+    from megatron_hgpt.checkpoint import Checkpointer, Restored
     from megatron_hgpt.config import RunConfig
     from megatron_hgpt.data.validation_loader import ValidationLoader
     from megatron_hgpt.distributed import DistributedContext
@@ -84,6 +86,7 @@ class Trainer:
         self.step = 0
         self.signals = StopSignals()
         self.audit = GradientAudit(named_parameters(self.models))
+        self.anomalies = AnomalyGuard(config.anomaly, context)
         self.engine = build_engine(config, stage, context, self.models)
         self.scheduler = build_scheduler(config, stage, self.engine.optimizer, total_steps)
 
@@ -117,12 +120,16 @@ class Trainer:
                 save_config(self.config, Path(self.config.output_dir) / "resolved_config.yaml")
             while self.step < self.total_steps:
                 record = self.train_step()
+                self._enter(Phase.REPORT)
+                if record.anomaly is not None and self._went_back(record, record.anomaly):
+                    continue
                 for hook in self.hooks:
                     hook.on_step_end(self.state, record)
                 if self._save_and_validate():
                     if self.step < self.total_steps:
                         logger.warning("stopped by a signal after step %d; start again to resume", self.step)
                     break
+            self._enter(Phase.END)
             finished = dataclasses.replace(self.state, sample_counts=self._sample_counts())
             for hook in self.hooks:
                 hook.on_fit_end(finished)
@@ -135,20 +142,33 @@ class Trainer:
             self.signals.leave()
 
     def train_step(self) -> StepRecord:
-        """One optimizer step over the global batch."""
+        """One optimizer step over the global batch; of an abnormal one the record says what became of it.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite, or the loss jumped, and `config.anomaly` says stop.
+        """
         started = time.perf_counter()
+        self._enter(Phase.LOAD)
         batches = self.loader.next_step()
+        self._enter(Phase.COMPUTE)
         totals = LossTotals()
-        for report in self.engine.accumulate(batches):
+        reports = self.engine.accumulate(batches)
+        for report in reports:
             totals.add(report)
         self.audit.check(batches)
         totals.reduce(self.context)
+        self._enter(Phase.UPDATE)
         mark_idle_groups(self.engine.optimizer, totals.trained_tasks)
         self.scheduler.step(1)
         rates = learning_rates(self.engine.optimizer)
-        grad_norm = self.engine.step()
         self.step += 1
-        return self._record(totals, rates, grad_norm, time.perf_counter() - started)
+        is_finite = self.engine.has_finite_gradient
+        anomaly = self.anomalies.judge(self.step, batches, reports, totals, has_finite_gradient=is_finite)
+        grad_norm = math.nan
+        if anomaly is None or anomaly.action == "warn":
+            grad_norm = self.engine.step()
+            anomaly = self.anomalies.settle(self.step, grad_norm, anomaly)
+        return self._record(totals, rates, grad_norm, time.perf_counter() - started, anomaly)
 
     def validate(self) -> ValidationRecord | None:
         """Loss per task over the held-out samples, alike on every rank; training goes on as if it had not been.
@@ -162,6 +182,7 @@ class Trainer:
         started = time.perf_counter()
         totals = {task: LossTotals() for task in self.stage.tasks}
         for chunk in self.validation.chunks():
+            self._enter(Phase.VALIDATE)
             if self.signals.agree(self.context):
                 logger.warning("validation at step %d is left out: a signal asked to stop", self.step)
                 return None
@@ -206,14 +227,58 @@ class Trainer:
         return stop
 
     def _save(self) -> None:
-        self.checkpointer.save(self.models, self.engine, step=self.step, loader_state=self.loader.state_dict())
+        self._enter(Phase.SAVE)
+        self.checkpointer.save(
+            self.models,
+            self.engine,
+            step=self.step,
+            loader_state=self.loader.state_dict(),
+            is_healthy=self.anomalies.is_healthy,
+        )
+        self._enter(Phase.REPORT)
+
+    def _enter(self, phase: Phase) -> None:
+        for hook in self.hooks:
+            hook.on_phase(self.state, phase)
+
+    def _went_back(self, record: StepRecord, anomaly: Anomaly) -> bool:
+        """Say what became of an abnormal step, after going back where that was decided; True when training did."""
+        if anomaly.action == "rollback":
+            record.anomaly = anomaly = self._roll_back(anomaly)
+        outcome = {
+            "warn": "the update was made all the same",
+            "skip": "its update is left out",
+            "rollback": f"back to step {anomaly.back_to_step}, and on with the samples behind step {anomaly.step}",
+        }
+        logger.warning("step %d: %s: %s", anomaly.step, anomaly.text, outcome[anomaly.action])
+        for hook in self.hooks:
+            hook.on_anomaly(self.state, anomaly)
+        return anomaly.action == "rollback"
+
+    def _roll_back(self, anomaly: Anomaly) -> Anomaly:
+        """Weights, optimizer, schedule and random states of the newest healthy checkpoint; the loader stays ahead."""
+        self._enter(Phase.SAVE)
+        self._announce_checkpoints(wait=True)
+        self._enter(Phase.START)
+        restored = self.checkpointer.restore_latest(self.models, self.engine, healthy_only=True)
+        if restored is None:
+            return self.anomalies.skip_instead(anomaly)
+        self._go_on_from(restored)
+        return dataclasses.replace(anomaly, back_to_step=restored.step)
 
     def _is_validation_due(self) -> bool:
         interval = self.config.training.validation_interval_steps
         is_due = self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
         return self.validation is not None and is_due
 
-    def _record(self, totals: LossTotals, rates: dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
+    def _record(
+        self,
+        totals: LossTotals,
+        rates: dict[str, float],
+        grad_norm: float,
+        seconds: float,
+        anomaly: Anomaly | None,
+    ) -> StepRecord:
         every = totals.all_tasks
         return StepRecord(
             step=self.step,
@@ -227,19 +292,27 @@ class Trainer:
             grad_norm=grad_norm,
             step_time_s=seconds,
             tokens_per_s=totals.num_content_tokens / seconds,
+            anomaly=anomaly,
         )
 
     def _restore(self) -> None:
-        restored = self.checkpointer.restore_latest(self.models, self.engine) if self.config.checkpoint.resume else None
+        """Go on from the newest healthy checkpoint, or where there is none from the newest."""
+        if not self.config.checkpoint.resume:
+            return
+        restored = self.checkpointer.restore_latest(self.models, self.engine, healthy_only=True)
+        restored = restored or self.checkpointer.restore_latest(self.models, self.engine)
         if restored is None:
             return
-        self.step = restored.step
         self.loader.load_state_dict(restored.loader_state)
-        self.scheduler.num_steps = restored.step
-        self.scheduler.step(0)
+        self._go_on_from(restored)
         logger.info("resumed from %s: %d of %d steps are done", restored.path, self.step, self.total_steps)
         for change in restored.changes:
             logger.info("changed since that checkpoint: %s", change)
+
+    def _go_on_from(self, restored: Restored) -> None:
+        self.step = restored.step
+        self.scheduler.num_steps = restored.step
+        self.scheduler.step(0)
 
     def _announce_checkpoints(self, *, wait: bool = False, is_final: bool = False) -> None:
         for checkpoint in self.checkpointer.published(wait=wait, is_final=is_final):

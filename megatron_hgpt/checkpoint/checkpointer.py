@@ -266,6 +266,10 @@ class Checkpointer:
             engine: holds the optimizer's state.
             healthy_only: leave out checkpoints that were saved after an anomaly.
 
+        Args:
+            models, engine: what is loaded into.
+            healthy_only: leave out those that were saved after an abnormal step.
+
         Raises:
             CheckpointError: it belongs to another model, base or stage, or all checkpoints are damaged.
         """

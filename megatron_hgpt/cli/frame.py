@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import json
 import logging
 import re
 import signal
@@ -22,11 +21,20 @@ from megatron_hgpt.bounds import Bound
 from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
 from megatron_hgpt.environment import (
-    error_file_from_environment,
     rank_from_environment,
     use_one_hardware_queue,
+    write_error_file,
 )
-from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, did_you_mean, shown
+from megatron_hgpt.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    HealthGPTError,
+    HungError,
+    did_you_mean,
+    shown,
+)
+from megatron_hgpt.exit_status import ExitStatus
 from megatron_hgpt.files import why_not_writable
 from megatron_hgpt.rounding import plural
 
@@ -213,7 +221,7 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
         rank = rank_from_environment()
     except ConfigError:  # the error itself, then
         rank = 0
-    if rank:
+    if rank and not isinstance(error, HungError):  # that is one rank's alone
         # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
         signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
         time.sleep(RANK_ERROR_DELAY_S)
@@ -225,11 +233,11 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
     message = f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {text}"
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
-    if path := error_file_from_environment():
-        # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
-    return USER_ERROR
+    # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
+    write_error_file(message)
+    if isinstance(error, DivergedError):
+        return ExitStatus.DIVERGED
+    return ExitStatus.HUNG if isinstance(error, HungError) else USER_ERROR
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fractions import Fraction
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.collate import ExpandedSample, collate, collate_packed, splice_images
 from megatron_hgpt.data.packing import Indices, packed_rows
 from megatron_hgpt.data.source import SampleSource, open_source
-from megatron_hgpt.errors import ConfigError, DataError, SkipSample
+from megatron_hgpt.errors import ConfigError, DataError, HungError, SkipSample
 from megatron_hgpt.rounding import ceil_div
 from megatron_hgpt.samples import EncodedSample, MicroBatch, Task
 
@@ -78,6 +78,7 @@ class TrainLoader:
         pad_to_multiple: sequence lengths are padded to a multiple of it.
         packing: none, by_task or mixed (`DataConfig.packing`); rows take the place of samples in the batch sizes.
         pack_length: tokens of a packed row at most.
+        timeout_s: seconds to wait for one step's samples; with `num_workers` only.
 
     Raises:
         ConfigError: batch sizes, mixture or pack length do not fit.
@@ -100,6 +101,7 @@ class TrainLoader:
         pad_to_multiple: int = 1,
         packing: str = "none",
         pack_length: int = 0,
+        timeout_s: float | None = None,
     ) -> None:
         if global_batch_size % (micro_batch_size * dp_size):
             raise ConfigError(
@@ -108,7 +110,7 @@ class TrainLoader:
             )
         self._source, self._seed, self._shuffle = source, seed, shuffle
         self._micro_batch_size, self._pad_to_multiple = micro_batch_size, pad_to_multiple
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._dp_rank, self._dp_size, self._timeout_s = dp_rank, dp_size, timeout_s
         self._num_micro_batches = global_batch_size // micro_batch_size
         shares = _shares(tasks, mixture or {})
         samples = {task: source.members(task) for task in shares}
@@ -153,6 +155,7 @@ class TrainLoader:
 
         Raises:
             DataError: too many unusable samples in a row.
+            HungError: they did not come in time.
         """
         step, self._step = self._step, self._step + 1
         if self._executor is None:
@@ -160,6 +163,11 @@ class TrainLoader:
         else:
             futures = self._ahead[1] if self._ahead is not None and self._ahead[0] == step else self._submit(step)
             self._ahead = (step + 1, self._submit(step + 1))
+            if wait(futures, self._timeout_s).not_done:
+                raise HungError(
+                    f"the samples of step {step + 1} were not there after {self._timeout_s:g} s (timeouts.loader_s) on "
+                    f"data-parallel rank {self._dp_rank}; look at the storage of data.train, or raise data.num_workers"
+                )
             built = [future.result() for future in futures]
         for _, counts in built:
             self.counts.update(counts)
@@ -336,4 +344,5 @@ def build_loader(
         pad_to_multiple=pad_to_multiple,
         packing=config.data.packing,
         pack_length=config.data.pack_length or config.model.max_seq_length,
+        timeout_s=config.timeouts.loader_s,
     )

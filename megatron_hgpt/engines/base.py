@@ -62,14 +62,17 @@ class TrainingEngine(Protocol):
     """Holds ``param_groups``, one per group of the stage; learning rates and ``idle`` are set there between
     `accumulate` and `step`."""
 
+    @property
+    def has_finite_gradient(self) -> bool:
+        """Whether the gradient of this rank's own micro-batches was finite in the last `accumulate`, before it was
+        added to those of other ranks. Where it was not on any rank, `step` must not be called on any.
+        """
+
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """Forward and backward of this rank's micro-batches; afterwards the step's gradient is complete.
 
         Returns:
-            One report per micro-batch.
-
-        Raises:
-            HealthGPTError: the gradient is not finite (Megatron raises its own RuntimeError).
+            One report per micro-batch, in their order, on the last pipeline stage; nothing on the others.
         """
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
@@ -83,7 +86,10 @@ class TrainingEngine(Protocol):
         """
 
     def step(self) -> float:
-        """Clip and update; returns the global gradient norm before clipping."""
+        """Clip and update; returns the global gradient norm before clipping.
+
+        Megatron's engine moves nothing where that norm is not finite, on every rank alike.
+        """
 
     def whole_parameters(self, *, writable: bool = False) -> AbstractContextManager[None]:
         """Inside, every parameter has its true shape, and those that checkpoints hold have their values.

@@ -24,7 +24,7 @@ from megatron_hgpt.config import RunConfig
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.engines.base import MAIN, MOMENTS, OptimizerState, StatePart
 from megatron_hgpt.engines.deepspeed_settings import deepspeed_json
-from megatron_hgpt.errors import ConfigError, HealthGPTError
+from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.forward_step import LossReport, forward_step
 from megatron_hgpt.optim import build_adamw, group_fields
 from megatron_hgpt.parameters import group_of, parameter_group
@@ -53,6 +53,7 @@ class DeepSpeedEngine:
         self._is_sharded = config.engine.zero_stage == 3
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, torch.Tensor] = {}
+        self.has_finite_gradient = True
         _hide_tower(model)
         adam = build_adamw(config, _parameter_groups(config, stage, self._trained))
         if self._is_sharded:
@@ -66,16 +67,24 @@ class DeepSpeedEngine:
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """See `TrainingEngine.accumulate`."""
         self._engine.train()
+        place = self.optimizer.micro_step_id
         with self._engine.coalesce_grad_reduction():
             try:
-                reports, num_tokens = self._run(batches)
-                # DeepSpeed averages over ranks; the gradient is a sum over ranks, per token of the global batch.
-                self._hand_over_gradients(self.context.dp_size / max(num_tokens, 1))
+                reports, num_tokens, is_finite = self._run(batches)
+                if is_finite:
+                    # DeepSpeed averages over ranks; the gradient is a sum over ranks, per token of the global batch.
+                    self._hand_over_gradients(self.context.dp_size / max(num_tokens, 1))
+                else:  # on every rank: there is nothing that leaving the block could reduce, or `step` take
+                    self._sums.clear()
             except BaseException:
                 # Leaving the block reduces whatever has a gradient, and the peers may never join that.
                 self._engine.zero_grad()
                 self._sums.clear()
                 raise
+        if not is_finite:
+            # No `step` will follow: without this DeepSpeed would add the next gradient to what the last step left.
+            self.optimizer.zero_grad()
+            self.optimizer.micro_step_id = place
         return reports
 
     @torch.no_grad()
@@ -118,15 +127,15 @@ class DeepSpeedEngine:
         """See `TrainingEngine.optimizer_state`."""
         return DeepSpeedOptimizerState(self.optimizer, self._trained)
 
-    def _run(self, batches: Sequence[MicroBatch]) -> tuple[list[LossReport], int]:
-        """Forward and backward of all micro-batches: reports, and supervised tokens of the global batch.
+    def _run(self, batches: Sequence[MicroBatch]) -> tuple[list[LossReport], int, bool]:
+        """Forward and backward of all micro-batches.
 
-        Raises:
-            HealthGPTError: on every rank, when a gradient of any rank is not finite.
+        Returns:
+            Reports, supervised tokens of the global batch, and whether the gradients of all ranks are finite.
         """
         source = iter(batches)
         reports: list[LossReport] = []
-        # Supervised tokens, and gradients that are not finite: counts, exact in fp64.
+        # Supervised tokens, and ranks whose gradient is not finite: counts, exact in fp64.
         counts = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         for _ in batches:
             losses, reduce = forward_step(source, self._engine)
@@ -135,15 +144,11 @@ class DeepSpeedEngine:
             self._collect_gradients()
             counts[0] += num_tokens
             reports.append(report)
-        bad = [name for name, total in self._sums.items() if not torch.isfinite(total).all()]
-        counts[1] = len(bad)
+        norms = [torch.linalg.vector_norm(total) for total in self._sums.values()]
+        self.has_finite_gradient = not norms or bool(torch.isfinite(torch.stack(norms)).all())
+        counts[1] = not self.has_finite_gradient
         torch.distributed.all_reduce(counts)
-        if counts[1] > 0:
-            raise HealthGPTError(
-                f"the gradients of {int(counts[1])} parameters are not finite (on this rank {bad[:3] or 'none'}); "
-                "lower optimizer.lr, or look at the samples of this step"
-            )
-        return reports, int(counts[0])
+        return reports, int(counts[0]), not counts[1]
 
     def _collect_gradients(self) -> None:
         """Add this micro-batch's gradients to the fp32 sums and free them."""

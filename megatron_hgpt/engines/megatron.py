@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,11 +31,7 @@ class MegatronEngine:
     """
 
     def __init__(self, config: RunConfig, stage: Stage, models: Sequence[HealthGPT]) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.config, self.models = config, list(models)
         transformer = self.models[0].config
@@ -43,14 +40,20 @@ class MegatronEngine:
             # The overlapped reduction asserts that every parameter reports, which idle plugins do not.
             overlap_grad_reduce=False,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,  # it raises on one rank and leaves the others in the reduction
         )
         self.ddp = [DistributedDataParallel(transformer, ddp_config, model) for model in self.models]
         self.optimizer = build_optimizer(config, stage, self.ddp)
-        transformer.finalize_model_grads_func = finalize_model_grads
+        self._own_norm = torch.zeros(())
+        transformer.finalize_model_grads_func = self._finalize
         no_sync = [ddp.no_sync for ddp in self.ddp]
         transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         transformer.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def has_finite_gradient(self) -> bool:
+        """See `TrainingEngine.has_finite_gradient`."""
+        return math.isfinite(float(self._own_norm))
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """See `TrainingEngine.accumulate`."""
@@ -83,10 +86,21 @@ class MegatronEngine:
         )
         return reports
 
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron's reductions over ranks, after the norm of what this rank adds to them is taken."""
+        from megatron.core.distributed import finalize_model_grads
+
+        norms = [torch.linalg.vector_norm(buffer.grad_data) for ddp in self.ddp for buffer in ddp.buffers]
+        self._own_norm = torch.stack(norms).sum() if norms else torch.zeros(())
+        finalize_model_grads(*args, **kwargs)
+
     def step(self) -> float:
-        """See `TrainingEngine.step`."""
-        _, grad_norm, _ = self.optimizer.step()
-        return float(self.optimizer.get_grad_norm() if grad_norm is None else grad_norm)
+        """See `TrainingEngine.step`; the norm is taken before anything moves, and once more by Megatron to clip."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        return grad_norm
 
     def whole_parameters(self, *, writable: bool = False) -> contextlib.AbstractContextManager[None]:
         """See `TrainingEngine.whole_parameters`: they always are."""

@@ -20,22 +20,31 @@ from megatron_hgpt.hooks.throughput import PathParameters, ThroughputHook
 from megatron_hgpt.hooks.watchdog import WatchdogHook
 from megatron_hgpt.hooks.weights_and_biases import WeightsAndBiasesHook
 
-__all__ = ["Hook", "PathParameters", "SampleImages", "StepRecord", "TrainState", "ValidationRecord", "build_hooks"]
+__all__ = [
+    "Hook",
+    "PathParameters",
+    "SampleImages",
+    "StepRecord",
+    "TrainState",
+    "ValidationRecord",
+    "WatchdogHook",
+    "build_hooks",
+]
 
 
 def build_hooks(
     config: RunConfig,
     *,
-    rank: int = 0,
     world_size: int = 1,
+    watchdog: WatchdogHook | None = None,
     parameters: PathParameters | None = None,
     sample_images: SampleImages | None = None,
 ) -> list[Hook]:
     """The hooks that `config.logging` asks for, the same list on every rank.
 
     Args:
-        rank: of this process in the whole job.
         world_size: ranks of the whole job.
+        watchdog: of this process, started already; None goes without.
         parameters: counts for the 4N rule; None leaves the throughput line out.
         sample_images: draws sample images on all ranks together; used when
             `logging.sample_images_interval_steps` is positive.
@@ -44,7 +53,9 @@ def build_hooks(
     interval = logging.interval_steps
     tensorboard = TensorBoardHook(interval_steps=interval) if logging.tensorboard else None
     metrics = MetricsHook(interval_steps=interval)
-    hooks: list[Hook] = [metrics, WatchdogHook(rank=rank)]
+    hooks: list[Hook] = [metrics]
+    if watchdog is not None:
+        hooks.append(watchdog)
     if started_by_ft_launcher():
         hooks.append(FaultToleranceHook())
     if parameters is not None:

@@ -7,8 +7,9 @@ Steps are counted from 1: `TrainState.step` is the number of optimizer steps com
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from megatron_hgpt.checkpoint import SavedCheckpoint
@@ -41,6 +42,38 @@ class TrainState:
         return self.step % max(interval_steps, 1) == 0 or self.step in (1, self.total_steps)
 
 
+class Phase(StrEnum):
+    """What a rank is doing, in the order of a step."""
+
+    START = "starting"
+    LOAD = "loading data"
+    COMPUTE = "forward and backward"
+    UPDATE = "the optimizer's update"
+    REPORT = "records and hooks"
+    SAVE = "saving a checkpoint"
+    VALIDATE = "validating"
+    END = "ending"
+
+    @property
+    def order(self) -> int:
+        """Place in a step, from 0."""
+        return list(Phase).index(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anomaly:
+    """A step whose loss or gradient is not finite, or whose loss jumped; alike on every rank."""
+
+    step: int
+    kind: Literal["not_finite", "spike"]
+    action: Literal["warn", "skip", "rollback"]
+    """warn: the update was made all the same; skip: it was left out; rollback: left out, and back to a checkpoint."""
+    text: str
+    """What was seen, where, and on which samples: one sentence."""
+    back_to_step: int | None = None
+    """Of a rollback: the step of the checkpoint that training went back to."""
+
+
 @dataclass(kw_only=True, slots=True)
 class StepRecord:
     """One optimizer step; counts and losses are over all ranks."""
@@ -64,6 +97,7 @@ class StepRecord:
     step_time_s: float
     tokens_per_s: float
     """num_tokens / step_time_s."""
+    anomaly: Anomaly | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,8 +121,14 @@ class Hook:
     def on_fit_start(self, state: TrainState) -> None:
         """Before the first step, after a checkpoint was loaded."""
 
+    def on_phase(self, state: TrainState, phase: Phase) -> None:
+        """When this rank begins another part of its work; several times a step, so it must be quick."""
+
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
-        """After each optimizer step; `state.step == record.step`."""
+        """After each optimizer step; `state.step == record.step`. Not after one that was rolled back."""
+
+    def on_anomaly(self, state: TrainState, anomaly: Anomaly) -> None:
+        """Before the `on_step_end` of an abnormal step; after a rollback, with `state.step` where training goes on."""
 
     def on_validation_start(self, state: TrainState) -> None:
         """Before the held-out samples are run."""

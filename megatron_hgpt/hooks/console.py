@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.hooks.base import Anomaly, Hook, StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.hooks.figures import duration, file_size, losses
 from megatron_hgpt.rounding import plural
 from megatron_hgpt.samples import Task
@@ -70,6 +70,12 @@ class ConsoleHook(Hook):
         elif state.is_due(self.interval_steps) or len(self._ends_s) == 2:  # the first step after a resume
             left = f", {duration(self._seconds_left(state))} left" if record.step < state.total_steps else ""
             logger.info("step %d/%d: %s%s", record.step, state.total_steps, _figures(record), left)
+
+    def on_anomaly(self, state: TrainState, anomaly: Anomaly) -> None:
+        """Move the bar back where training went back."""
+        if self._bar is not None and anomaly.action == "rollback":
+            self._bar.n = state.step
+            self._bar.refresh()
 
     def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
         """Log the held-out losses."""
@@ -141,6 +147,10 @@ def summary_lines(
         rows["validation"] += f" at step {step:,}"
     if counts := _sample_counts(state.sample_counts):
         rows["samples"] = counts
+    if "anomalies" in summary:
+        done = {"skip": "updates left out", "rollback": "rollbacks", "warn": "loss spikes"}
+        counts = ", ".join(f"{count} {done[action]}" for action, count in summary["anomalies"].items())
+        rows["anomalies"] = f"{counts}: {state.output_dir / 'anomalies.jsonl'}"
     if checkpoint is not None:
         rows["checkpoint"] = str(checkpoint)
     if is_done:

@@ -1,27 +1,28 @@
-"""metrics.jsonl (one JSON object per logged step), validation.jsonl (one per validation) and summary.json (one per
-stage), all safe against a kill.
+"""metrics.jsonl (one JSON object per logged step), validation.jsonl (one per validation), anomalies.jsonl (one per
+abnormal step) and summary.json (one per stage), all safe against a kill.
 
-The first two hold each step once: after a resume, the lines of steps that will run again are dropped first.
+The first two hold each step once, in order: after a resume and after a rollback, the lines of steps that will run again
+are dropped first. The first line after a rollback says from which step it came (`rolled_back_from`); what was seen
+there stays in anomalies.jsonl, which is only ever appended to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.errors import DataError, reason_of
 from megatron_hgpt.files import write_atomic
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
-
-logger = logging.getLogger(__name__)
+from megatron_hgpt.hooks.base import Anomaly, Hook, StepRecord, TrainState, ValidationRecord
 
 
 class MetricsHook(Hook):
-    """Writes the three files.
+    """Writes the four files.
 
     Args:
         interval_steps: optimizer steps between lines; the first and the last step always get one.
@@ -32,27 +33,37 @@ class MetricsHook(Hook):
         self.summary: dict[str, Any] = {}
         """The content of summary.json, once it is written."""
         self._start_s = 0.0
+        self._rolled_back_from: int | None = None
+        self._anomalies: Counter[str] = Counter()
 
     def on_fit_start(self, state: TrainState) -> None:
         """Keep the lines of the steps that are behind the resumed state, drop the others."""
         if not state.is_writer:
             return
-        kept = _drop_steps_after(state.output_dir / "metrics.jsonl", state.step)
-        validations = state.output_dir / "validation.jsonl"
-        if validations.exists() and not _drop_steps_after(validations, state.step):
-            validations.unlink()
+        kept = self._go_back(state)
         # A finished stage's summary must not outlive a new start of that stage.
         (state.output_dir / "summary.json").unlink(missing_ok=True)
         self._start_s = time.perf_counter() - (kept[-1].get("elapsed_s", 0.0) if kept else 0.0)
 
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
-        """Append one line and flush it."""
-        if not (state.is_writer and state.is_due(self.interval_steps)):
+        """Append one line and flush it; an abnormal step always gets one, and the first after a rollback."""
+        is_special = record.anomaly is not None or self._rolled_back_from is not None
+        if not (state.is_writer and (is_special or state.is_due(self.interval_steps))):
             return
-        if not math.isfinite(record.loss):
-            logger.warning("step %d: the loss is %s", record.step, record.loss)
         line = _as_json(state.stage, record, elapsed_s=time.perf_counter() - self._start_s)
+        if self._rolled_back_from is not None:
+            line["rolled_back_from"], self._rolled_back_from = self._rolled_back_from, None
         _append(state.output_dir / "metrics.jsonl", line)
+
+    def on_anomaly(self, state: TrainState, anomaly: Anomaly) -> None:
+        """Append one line to anomalies.jsonl; after a rollback drop the lines of the steps that run again."""
+        if not state.is_writer:
+            return
+        self._anomalies[anomaly.action] += 1
+        _append(state.output_dir / "anomalies.jsonl", {"stage": state.stage, **dataclasses.asdict(anomaly)})
+        if anomaly.action == "rollback":
+            self._go_back(state)
+            self._rolled_back_from = anomaly.step
 
     def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
         """Append one line to validation.jsonl and flush it."""
@@ -80,7 +91,16 @@ class MetricsHook(Hook):
             wall_s=time.perf_counter() - self._start_s,
             validations=read_validations(state.output_dir),
         )
+        if self._anomalies:
+            self.summary["anomalies"] = dict(self._anomalies)
         write_atomic(state.output_dir / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+
+    def _go_back(self, state: TrainState) -> list[dict[str, Any]]:
+        """Drop what both files say of steps behind the current one; returns the metrics that stay."""
+        validations = state.output_dir / "validation.jsonl"
+        if validations.exists() and not _drop_steps_after(validations, state.step):
+            validations.unlink()
+        return _drop_steps_after(state.output_dir / "metrics.jsonl", state.step)
 
 
 def _drop_steps_after(path: Path, step: int) -> list[dict[str, Any]]:
@@ -176,6 +196,8 @@ def _as_json(stage: str, record: StepRecord, *, elapsed_s: float) -> dict[str, A
         "step_time_s": round(record.step_time_s, 6),
         "elapsed_s": round(elapsed_s, 3),
     }
+    if record.anomaly is not None:
+        line |= {"anomaly": record.anomaly.kind, "action": record.anomaly.action}
     return _finite(line)
 
 

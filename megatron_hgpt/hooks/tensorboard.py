@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import yaml
 from PIL import Image
 
 from megatron_hgpt.errors import ConfigError
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.hooks.base import Anomaly, Hook, StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.hooks.figures import step_scalars, validation_scalars
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 
 class TensorBoardHook(Hook):
-    """Scalars every `interval_steps` optimizer steps; after a resume TensorBoard hides the steps that run again."""
+    """Scalars every `interval_steps` optimizer steps; after a resume or a rollback TensorBoard hides the
+    steps that run again."""
 
     def __init__(self, *, interval_steps: int = 1) -> None:
         self.interval_steps = interval_steps
         self._writer: SummaryWriter | None = None
+        self._open: Callable[[int], SummaryWriter] | None = None
 
     def on_fit_start(self, state: TrainState) -> None:
         """Open the event file and store the resolved configuration.
@@ -39,7 +42,8 @@ class TensorBoardHook(Hook):
                 "logging.tensorboard is true but the tensorboard package is missing: "
                 "pip install tensorboard, or set logging.tensorboard=false"
             ) from error
-        self._writer = SummaryWriter(str(state.output_dir / "tensorboard"), purge_step=state.step + 1)
+        self._open = lambda step: SummaryWriter(str(state.output_dir / "tensorboard"), purge_step=step + 1)
+        self._writer = self._open(state.step)
         text = yaml.safe_dump(asdict(state.config), sort_keys=False)
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), state.step)
 
@@ -49,6 +53,12 @@ class TensorBoardHook(Hook):
             return
         for tag, value in step_scalars(record).items():
             self._writer.add_scalar(tag, value, record.step)
+
+    def on_anomaly(self, state: TrainState, anomaly: Anomaly) -> None:
+        """After a rollback hide the steps that run again, as after a resume."""
+        if anomaly.action == "rollback" and self._writer is not None and self._open is not None:
+            self._writer.close()
+            self._writer = self._open(state.step)
 
     def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
         """Held-out losses."""

@@ -1,100 +1,308 @@
-"""Says where a rank stands when a step takes far longer than usual, before a collective times out."""
+"""Says which rank a run waits for when it stands still, and ends it on every rank when that goes on too long.
+
+A thread of each rank does it, so it works while the main thread is stuck in a collective, a read or a sleep. Every few
+seconds the thread puts a beat (`hooks.beats`) into the process group's store; rank 0 reads them, and rank 1 where rank
+0 is silent. A process that was stopped, or that holds Python's lock for good, does not beat, which names it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import logging
-import statistics
-from collections import deque
+import os
+import sys
+import threading
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
-from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.environment import write_error_file
+from megatron_hgpt.exit_status import ExitStatus
+from megatron_hgpt.hooks.base import Hook, Phase, TrainState
+from megatron_hgpt.hooks.beats import Beat, host_name, kill_silent, place_of, process_start, ranks_behind
+from megatron_hgpt.hooks.figures import duration
 
 if TYPE_CHECKING:
-    from megatron_hgpt.checkpoint import SavedCheckpoint
+    from megatron_hgpt.config import TimeoutsConfig
 
 logger = logging.getLogger(__name__)
 
+PEER_ERROR_S = 60.0
+"""After an error of another rank: until a rank that waits for it ends too. The error itself is said within 30 s."""
+
+_REMEDIES = {
+    Phase.START: "look at the storage of the models and at the network between the machines",
+    Phase.LOAD: "look at the storage of data.train, or raise data.num_workers",
+    Phase.SAVE: "look at the storage of the checkpoints",
+    Phase.VALIDATE: "look at the storage of data.validation",
+}
+_REMEDY = "look at that process and its machine; if it is only slow, raise timeouts.step_warning_s"
+
 
 class WatchdogHook(Hook):
-    """Dumps the stacks of all threads to <output_dir>/watchdog/rank_<rank>.txt when a step is overdue.
-
-    faulthandler's own C thread writes the dump, so it works while Python is stuck inside a collective. The run goes
-    on; a step that ends late is logged. Validation is not watched, and time spent saving does not count.
+    """Watches one rank, and on the first one all of them, from `start` to `stop`.
 
     Args:
-        rank: of this process, for the file name.
-        slow_factor: a step is overdue after this many times the median of the last 50.
-        min_timeout_s: and never before this.
+        timeouts: `step_warning_s`, `step_limit_s`, `start_s`, `save_s`.
+        rank: of this process.
+        world_size: processes of the run.
+        output_dir: of the run. Stacks go to ``watchdog/rank_<rank>.txt`` in it once the run has begun; to stderr before,
+            as the folder may be another run's until then.
     """
 
-    def __init__(self, *, rank: int = 0, slow_factor: float = 10.0, min_timeout_s: float = 60.0) -> None:
-        self.rank = rank
-        self.slow_factor = slow_factor
-        self.min_timeout_s = min_timeout_s
-        self._times_s: deque[float] = deque(maxlen=50)
-        self._path: Path | None = None
+    def __init__(self, timeouts: TimeoutsConfig, *, rank: int, world_size: int, output_dir: Path) -> None:
+        self.timeouts, self.rank, self.world_size = timeouts, rank, world_size
+        self.path = output_dir / "watchdog" / f"rank_{rank}.txt"
+        self.tick_s = min(5.0, timeouts.step_warning_s / 5)
         self._file: IO[str] | None = None
+        """Open as long as the run: faulthandler needs it beforehand."""
+        self._store: Any = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watched = threading.get_ident()
+        self._now = (0, 0, Phase.START)
+        """Phases begun, steps completed, the phase."""
+        self._beats: dict[int, Beat] = {}
+        self._heard_s: dict[int, float] = {}
+        """Rank -> when its beat was another one than before, by `_clock_s`."""
+        self._clock_s = 0.0
+        """Seconds that this process ran; the time in which it was stopped itself does not count against others."""
+        self._begun_s = 0.0
+        self._is_warned = self._is_dumped = False
+        self._peer_error_s: float | None = None
 
-    @property
-    def timeout_s(self) -> float | None:
-        """Seconds after which a step is overdue; None until three steps have shown what is usual."""
-        if len(self._times_s) < 3:
-            return None
-        return max(self.min_timeout_s, self.slow_factor * statistics.median(self._times_s))
+    def start(self) -> None:
+        """Watch this rank from now on; it is starting."""
+        self._thread.start()
 
-    def on_fit_start(self, state: TrainState) -> None:
-        """Open the dump file: faulthandler needs it open beforehand."""
-        self._path = state.output_dir / "watchdog" / f"rank_{self.rank}.txt"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
+    def connect(self, store: Any) -> None:
+        """Watch the other ranks as well.
 
-    def on_step_end(self, state: TrainState, record: StepRecord) -> None:
-        """Log a step that was overdue, and watch the next one."""
-        timeout_s = self.timeout_s
-        if timeout_s is not None and record.step_time_s > timeout_s:
-            logger.warning(
-                "rank %d: step %d took %.1f s, the median is %.1f s; its stacks are in %s",
-                self.rank,
-                record.step,
-                record.step_time_s,
-                statistics.median(self._times_s),
-                self._path,
-            )
-        self._times_s.append(record.step_time_s)
-        self._watch()
+        Args:
+            store: a store of torch.distributed that no other thread uses.
+        """
+        if self.world_size > 1:
+            self._store = store
 
-    def on_validation_start(self, state: TrainState) -> None:
-        """Validation may take as long as it likes."""
-        if self._file is not None:
-            faulthandler.cancel_dump_traceback_later()
-
-    def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
-        """Watch the next step."""
-        self._watch()
-
-    def on_checkpoint_saved(self, state: TrainState, checkpoint: SavedCheckpoint) -> None:
-        """Time spent saving does not count."""
-        self._watch()
-
-    def on_fit_end(self, state: TrainState) -> None:
-        """Stop watching; an empty dump file is removed, and the folder with the last of them."""
-        if self._file is None or self._path is None:
-            return
+    def stop(self) -> None:
+        """Stop watching; an empty file of stacks is removed, and the folder with the last of them."""
+        self._stop.set()
+        self._thread.join(timeout=10.0)
         faulthandler.cancel_dump_traceback_later()
+        if self._file is None:
+            return
         self._file.close()
         self._file = None
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
-            with contextlib.suppress(OSError):  # other ranks' dumps are still in it
-                self._path.parent.rmdir()
+        if self.path.stat().st_size == 0:
+            self.path.unlink()
+            with contextlib.suppress(OSError):  # other ranks' stacks are still in it
+                self.path.parent.rmdir()
+
+    def on_fit_start(self, state: TrainState) -> None:
+        """The folder is this run's."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+
+    def on_phase(self, state: TrainState, phase: Phase) -> None:
+        """A new part of the work is progress."""
+        self._now = (self._now[0] + 1, state.step, phase)
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
-        """Stop watching."""
-        self.on_fit_end(state)
+        """Tell the other ranks, which may sit in a collective that this one will never join."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("watchdog/error", f"rank {self.rank}: {type(error).__name__}")
 
     def _watch(self) -> None:
-        if self._file is not None and self.timeout_s is not None:
-            faulthandler.dump_traceback_later(self.timeout_s, file=self._file)
+        """The thread."""
+        before_s, before, number = time.monotonic(), self._now, 0
+        while not self._stop.wait(self.tick_s):
+            now_s, number = time.monotonic(), number + 1
+            self._clock_s += min(now_s - before_s, 2 * self.tick_s)
+            before_s = now_s
+            if self._now != before:
+                before, self._begun_s = self._now, self._clock_s
+            self._dump_if_due()
+            with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+                self._exchange(number)
+            self._judge()
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"watchdog/{self.rank}", "")
+
+    @property
+    def _idle_s(self) -> float:
+        """Seconds since this rank's last progress."""
+        return self._clock_s - self._begun_s
+
+    def _limit_s(self) -> float:
+        """Seconds without progress that end the run."""
+        own = {
+            Phase.START: self.timeouts.start_s,
+            # The save itself gives up after `save_s`; this is for one that cannot even do that.
+            Phase.SAVE: self.timeouts.save_s + self.timeouts.step_warning_s,
+        }
+        return own.get(self._now[2], self.timeouts.step_limit_s)
+
+    def _warning_s(self) -> float:
+        """Seconds without progress that are worth a line: of a phase with a limit of its own, half of that."""
+        phase = self._now[2]
+        has_own = phase in (Phase.START, Phase.SAVE)
+        return max(self.timeouts.step_warning_s, self._limit_s() / 2 if has_own else 0.0)
+
+    @property
+    def _stacks(self) -> IO[str]:
+        """What stacks are written to."""
+        file = self._file or sys.__stderr__
+        assert file is not None
+        return file
+
+    def _dump_if_due(self) -> None:
+        """Write the stacks once when this rank stands still; faulthandler's own thread does, where this one cannot."""
+        left_s = self._warning_s() - self._idle_s
+        if left_s > 0:
+            # Put off with every beat, so it comes only where there are no more.
+            faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._stacks)
+            self._is_dumped = False
+        elif not self._is_dumped:
+            self._is_dumped = True
+            self._dump()
+
+    def _dump(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._stacks.write(f"{time.strftime('%H:%M:%S')} {self._beat(0).describe(self.rank)}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks)
+
+    def _beat(self, number: int) -> Beat:
+        progress, step, phase = self._now
+        place, is_waiting = place_of(self._watched)
+        pid = os.getpid()
+        return Beat(
+            number=number,
+            progress=progress,
+            step=step,
+            phase=phase,
+            place=place,
+            is_waiting=is_waiting,
+            host=host_name(),
+            pid=pid,
+            started=process_start(pid),
+        )
+
+    def _exchange(self, number: int) -> None:
+        """Tell this rank's beat; hear those that this rank has to, and whether the run is to end.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        self._beats[self.rank] = self._beat(number)
+        if self._store is None:
+            return
+        self._store.set(f"watchdog/{self.rank}", self._beats[self.rank].to_json())
+        if self._store.check(["watchdog/end"]):
+            end = json.loads(self._store.get("watchdog/end"))
+            self._end(end["text"], {int(r): Beat.from_json(b) for r, b in end["silent"].items()})
+        if self._peer_error_s is None and self._store.check(["watchdog/error"]):
+            self._peer_error_s = self._clock_s
+        if self.rank == 0 or (self.rank == 1 and self._is_silent(0)) or self._idle_s >= self._limit_s():
+            self._hear(range(self.world_size))
+        elif self.rank == 1:
+            self._hear([0])
+
+    def _hear(self, ranks: Collection[int]) -> None:
+        """Read the beats of other ranks; of those that have not begun or have ended there is none."""
+        for rank in set(ranks) - {self.rank}:
+            key = f"watchdog/{rank}"
+            text = self._store.get(key) if self._store.check([key]) else b""
+            if not text:
+                self._beats.pop(rank, None)
+                continue
+            beat = Beat.from_json(text)
+            if rank not in self._beats or beat.number != self._beats[rank].number:
+                self._heard_s[rank] = self._clock_s
+            self._beats[rank] = beat
+
+    def _is_silent(self, rank: int, after_s: float | None = None) -> bool:
+        after_s = self.timeouts.step_warning_s if after_s is None else after_s
+        return rank != self.rank and rank in self._beats and self._clock_s - self._heard_s[rank] >= after_s
+
+    def _judge(self) -> None:
+        """Warn once per standstill, say that it is over, and end the run at the limit."""
+        silent = [rank for rank in self._beats if self._is_silent(rank)]
+        speaks = self.rank == 0 or 0 in silent
+        if self._peer_error_s is not None and min(self._clock_s - self._peer_error_s, self._idle_s) >= PEER_ERROR_S:
+            self._tell_end("another rank ended with an error, and this one waited for it", silent)
+        if self._idle_s < self._warning_s() and not silent:
+            if self._is_warned and speaks:
+                logger.warning("the run goes on, at step %d", self._now[1])
+            self._is_warned = False
+            return
+        limit_s = self._limit_s()
+        lost = [rank for rank in silent if self._is_silent(rank, self.timeouts.step_limit_s)]
+        if speaks and (self._idle_s >= limit_s or lost):
+            self._tell_end(f"{self._standstill(silent)}: the limit is reached", silent)
+        elif self._idle_s >= limit_s + 3 * self.tick_s:  # nobody who watches them all is left; this one has by now
+            silent = [rank for rank in self._beats if self._is_silent(rank, 2 * self.tick_s)]
+            self._tell_end(f"{self._standstill(silent)}: the limit is reached", silent)
+        elif speaks and not self._is_warned:
+            self._is_warned = True
+            self._warn(silent)
+
+    def _warn(self, silent: Collection[int]) -> None:
+        behind = ranks_behind(self._beats, silent)
+        phase = self._beats[behind[0]].phase
+        option, left_s = "step_limit_s", self._limit_s() - self._idle_s
+        if silent:
+            left_s = self.timeouts.step_limit_s - max(self._clock_s - self._heard_s[rank] for rank in silent)
+        elif self._now[2] in (Phase.START, Phase.SAVE):
+            option = "start_s" if self._now[2] is Phase.START else "save_s"
+        logger.log(
+            # Other ranks than the first show errors only.
+            logging.WARNING if self.rank == 0 else logging.ERROR,
+            "%s; stacks in %s; %s. In %s the run ends on every rank with exit status %d and can be started again "
+            "(timeouts.%s)",
+            self._standstill(silent),
+            self.path.with_name(f"rank_{behind[0]}.txt" if not silent else "rank_*.txt"),
+            _REMEDY if silent else _REMEDIES.get(phase, _REMEDY),
+            duration(max(left_s, 0.0)),
+            ExitStatus.HUNG,
+            option,
+        )
+
+    def _standstill(self, silent: Collection[int]) -> str:
+        """One sentence: since when, and whom the others wait for."""
+        behind = ranks_behind(self._beats, silent)
+        named = "; ".join(self._beats[rank].describe(rank, is_silent=bool(silent)) for rank in behind[:3])
+        more = f" and {len(behind) - 3} more" if len(behind) > 3 else ""
+        if silent:
+            silence_s = max(self._clock_s - self._heard_s[rank] for rank in silent)
+            return f"no sign of life for {duration(silence_s)} from {named}{more}: stopped, or its machine is lost"
+        whom = "all ranks stand still" if len(behind) == len(self._beats) > 1 else "behind is"
+        return f"no progress after step {self._now[1]} for {duration(self._idle_s)}: {whom} {named}{more}"
+
+    def _tell_end(self, text: str, silent: Collection[int]) -> None:
+        """Have every rank end, this one last: it may be the one that holds the store."""
+        lost: Mapping[int, Beat] = {rank: self._beats[rank] for rank in silent}
+        if self._store is not None:
+            end = {"text": text, "silent": {rank: beat.to_json() for rank, beat in lost.items()}}
+            with contextlib.suppress(RuntimeError):
+                self._store.set("watchdog/end", json.dumps(end))
+                time.sleep(2 * self.tick_s)
+        self._end(text, lost)
+
+    def _end(self, text: str, silent: Mapping[int, Beat]) -> None:
+        """End this process, and those on its machine that cannot hear."""
+        self._dump()
+        # Where even the message cannot be written, for instance to a pipe that nobody reads.
+        faulthandler.dump_traceback_later(10.0, exit=True, file=self._stacks)
+        message = f"HungError: {text}; stacks in {self.path.parent}; start again to go on from the newest checkpoint"
+        if self.rank == 0 or (self.rank == 1 and 0 in silent):
+            logger.error("%s", message)
+        write_error_file(message)
+        kill_silent(silent, list(silent), host_name())
+        logging.shutdown()
+        os._exit(ExitStatus.HUNG)

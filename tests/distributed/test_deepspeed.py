@@ -271,23 +271,21 @@ def test_an_error_on_one_rank_is_seen(stage: int, where: str, message: str, back
 
 
 def spoil_one_gradient(backbone: Path, folder: Path, engine: EngineConfig) -> str:
-    from megatron_hgpt.errors import HealthGPTError
-
     context = initialize()
     trainer = make_trainer(make_config(backbone, folder, engine), context)
     if context.rank == 1:
         parameter = next(p for name, p in trainer.models[0].named_parameters() if "adapters.generation" in name)
         parameter.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(HealthGPTError) as error:
-        trainer.train_step()
-    return str(error.value)
+    before = whole(trainer)
+    record = trainer.train_step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole(trainer).items()), "nothing moved"
+    return f"{record.anomaly.action}: {record.anomaly.text}"
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_gradient_that_is_not_finite_stops_every_rank(stage: int, backbone: Path, tmp_path: Path) -> None:
-    first, second = run_ranks(spoil_one_gradient, 2, backbone, tmp_path, zero(stage), timeout_s=60)
-    assert first.startswith("the gradients of 1 parameters are not finite (on this rank none)")
-    assert "adapters.generation" in second
+def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(stage: int, backbone: Path, tmp_path: Path) -> None:
+    for seen in run_ranks(spoil_one_gradient, 2, backbone, tmp_path, zero(stage), timeout_s=60):
+        assert seen.startswith("skip: every loss is finite, but not the gradient of rank 1; its micro-batches hold ")
 
 
 def cut_off_a_plugin(backbone: Path, folder: Path, engine: EngineConfig) -> str:

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("inference",),
     ("trainer",),
-    ("interruption",),
+    ("interruption", "anomaly"),
     ("gradient_audit",),
     ("hooks",),
     ("checkpoint",),

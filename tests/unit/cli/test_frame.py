@@ -14,7 +14,7 @@ import pytest
 
 from megatron_hgpt.cli import frame, library_messages
 from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
-from megatron_hgpt.errors import ConfigError, raise_problems
+from megatron_hgpt.errors import ConfigError, DivergedError, HungError, raise_problems
 
 ROOT = Path(__file__).parents[3]
 
@@ -117,3 +117,13 @@ def test_a_rank_that_is_no_number(
         rank_from_environment() + world_size_from_environment()
     assert frame.report_error(refused.value) == 2
     assert capsys.readouterr().err.startswith(f"ConfigError: {name}='x' must be a whole number of at least ")
+
+
+def test_the_status_says_whether_starting_again_helps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert frame.report_error(DivergedError("step 3: …")) == 3
+    monkeypatch.setenv("RANK", "1")  # what hangs on one rank is said by it, and at once
+    monkeypatch.setattr(frame, "RANK_ERROR_DELAY_S", 1000.0)
+    assert frame.report_error(HungError("the samples of step 3 …")) == 75
+    assert capsys.readouterr().err == "DivergedError: step 3: …\nrank 1: HungError: the samples of step 3 …\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.data.loader import TaskSchedule, TrainLoader, build_loader
-from megatron_hgpt.errors import ConfigError, DataError
+from megatron_hgpt.errors import ConfigError, DataError, HungError
 from megatron_hgpt.samples import Task
 
 C, G = Task.COMPREHENSION, Task.GENERATION
@@ -237,3 +238,18 @@ def test_refusals(mixed: list[Path], tmp_path: Path, make_dataset: Make) -> None
     ):
         with pytest.raises(ConfigError, match=message):
             _loader(_config(mixed, mixture=mixture))
+
+
+def test_samples_that_do_not_come_end_the_wait(mixed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, arrived = _config(mixed, num_workers=2), threading.Event()
+    config.timeouts.loader_s = 0.2
+    loader, build = _loader(config), TrainLoader._build
+    monkeypatch.setattr(TrainLoader, "_build", lambda self, index: arrived.wait(60) and build(self, index))
+    try:
+        with pytest.raises(
+            HungError, match=r"the samples of step 1 were not there after 0\.2 s \(timeouts\.loader_s\)"
+        ):
+            loader.next_step()
+    finally:
+        arrived.set()
+        loader.close()

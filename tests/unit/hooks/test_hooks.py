@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import faulthandler
 import logging
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from megatron_hgpt.checkpoint import SavedCheckpoint
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hooks import Hook, PathParameters, build_hooks
+from megatron_hgpt.hooks.base import Anomaly
 from megatron_hgpt.hooks.image_samples import ImageSamplesHook
 from megatron_hgpt.hooks.tensorboard import TensorBoardHook
 from megatron_hgpt.hooks.throughput import ThroughputHook, peak_bf16_flops_per_s
@@ -43,8 +42,10 @@ def test_build_hooks_follows_the_configuration() -> None:
         return {type(hook).__name__ for hook in build_hooks(config, **kwargs)}
 
     config = RunConfig()
-    base = {"ConsoleHook", "MetricsHook", "WatchdogHook"}
+    base = {"ConsoleHook", "MetricsHook"}
     assert names(config) == base | {"TensorBoardHook"}
+    watchdog = WatchdogHook(config.timeouts, rank=0, world_size=1, output_dir=Path("unused"))
+    assert names(config, watchdog=watchdog) == base | {"TensorBoardHook", "WatchdogHook"}
     config.logging.tensorboard = False
     assert names(config) == base
     assert names(config, sample_images=lambda state: []) == base, "the interval is 0"
@@ -75,6 +76,21 @@ def test_tensorboard_scalars_and_resume(make_state, run_steps, make_validation, 
     assert _scalars(tmp_path, "loss/generation")[-1] == (4, 1.25)
     assert _scalars(tmp_path, "learning_rate/adapter")[0][1] == pytest.approx(1e-4)
     assert _scalars(tmp_path, "throughput/tokens_per_s")[0] == (1, 2000.0)
+
+
+def test_tensorboard_hides_what_a_rollback_runs_again(make_state, make_record, tmp_path) -> None:
+    hook, state = TensorBoardHook(), make_state(total_steps=9)
+    hook.on_fit_start(state)
+    for step in (1, 2, 3):
+        state.step = step
+        hook.on_step_end(state, make_record(step, loss=9.0))
+    state.step = 1
+    back = Anomaly(step=4, kind="spike", action="rollback", text="", back_to_step=1)
+    hook.on_anomaly(state, back)
+    state.step = 2
+    hook.on_step_end(state, make_record(2, loss=1.0))
+    hook.on_fit_end(state)
+    assert _scalars(tmp_path, "loss/all") == [(1, 9.0), (2, 1.0)]
 
 
 def test_tensorboard_missing_says_what_to_do(make_state, monkeypatch) -> None:
@@ -147,46 +163,3 @@ def test_no_share_of_an_unknown_peak(make_state, run_steps, caplog) -> None:
 )
 def test_peak_of_a_device(name: str, peak: float | None) -> None:
     assert peak_bf16_flops_per_s(name) == peak
-
-
-def test_watchdog_dumps_stacks_while_a_step_hangs(make_state, run_steps, make_record, tmp_path, caplog) -> None:
-    hook, state = WatchdogHook(rank=3, slow_factor=2.0, min_timeout_s=0.05), make_state(total_steps=9)
-    try:
-        run_steps([hook], state, last=4, finish=False, step_time_s=0.01)
-        dump = tmp_path / "watchdog" / "rank_3.txt"
-        deadline = time.monotonic() + 4.0  # the dump is due after 0.05 s; the rest is for a busy machine
-        while not dump.read_text() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert "test_watchdog_dumps_stacks_while_a_step_hangs" in dump.read_text()
-        hook.on_step_end(state, make_record(5, step_time_s=0.5))
-        assert "rank 3: step 5 took 0.5 s" in caplog.text
-    finally:
-        hook.on_error(state, RuntimeError("stop"))
-    assert dump.exists()
-
-
-def test_watchdog_sleeps_through_a_validation(make_state, run_steps, make_validation, tmp_path) -> None:
-    """A validation many times longer than a step leaves no dump; the step after it is watched again."""
-    hook, state = WatchdogHook(slow_factor=2.0, min_timeout_s=0.1), make_state(total_steps=9)
-    dump = tmp_path / "watchdog" / "rank_0.txt"
-    try:
-        run_steps([hook], state, last=4, finish=False, step_time_s=0.01)
-        hook.on_validation_start(state)
-        time.sleep(0.4)
-        assert dump.read_text() == ""
-        hook.on_validation(state, make_validation(4))
-        deadline = time.monotonic() + 4.0
-        while not dump.read_text() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert "test_watchdog_sleeps_through_a_validation" in dump.read_text()
-    finally:
-        hook.on_error(state, RuntimeError("stop"))
-
-
-def test_watchdog_leaves_nothing_after_a_usual_run(make_state, run_steps, tmp_path, caplog) -> None:
-    hook = WatchdogHook()
-    run_steps([hook], make_state(), last=4)
-    assert hook.timeout_s == 60.0
-    assert not (tmp_path / "watchdog").exists()
-    assert caplog.text == ""
-    faulthandler.cancel_dump_traceback_later()

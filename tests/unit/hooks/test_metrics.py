@@ -6,6 +6,7 @@ import math
 import pytest
 
 from megatron_hgpt.errors import DataError
+from megatron_hgpt.hooks.base import Anomaly
 from megatron_hgpt.hooks.metrics import MetricsHook, read_metrics, read_validations, summarise_stage
 
 
@@ -113,11 +114,10 @@ def test_a_fresh_start_drops_an_earlier_run(make_state, run_steps, tmp_path) -> 
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_a_loss_that_is_not_finite_stays_valid_json(make_state, run_steps, tmp_path, caplog) -> None:
+def test_a_loss_that_is_not_finite_stays_valid_json(make_state, run_steps, tmp_path) -> None:
     run_steps([MetricsHook()], make_state(), last=4, loss=math.nan)
     line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] is None
-    assert "step 1: the loss is nan" in caplog.text
     assert json.loads((tmp_path / "summary.json").read_text())["last_loss"] is None
 
 
@@ -134,3 +134,32 @@ def test_damaged_files_are_named(tmp_path) -> None:
         path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
         with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
             read_metrics(path)
+
+
+def test_steps_stay_unique_and_in_order_over_a_rollback(
+    make_state, make_record, make_validation, run_steps, tmp_path
+) -> None:
+    hook, state = MetricsHook(interval_steps=2), make_state(total_steps=9)
+    run_steps([hook], state, last=4, finish=False)
+    hook.on_validation(state, make_validation(4))
+    state.step = 3
+    hook.on_anomaly(state, Anomaly(step=5, kind="not_finite", action="rollback", text="NaN", back_to_step=3))
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert read_validations(tmp_path) == [], "a validation of steps that run again is dropped as well"
+    skipped = Anomaly(step=5, kind="not_finite", action="skip", text="NaN again")
+    for step in (4, 5, 6):
+        state.step = step
+        if step == 5:
+            hook.on_anomaly(state, skipped)
+        hook.on_step_end(state, make_record(step, anomaly=skipped if step == 5 else None))
+    hook.on_fit_end(state)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r.get("rolled_back_from"), r.get("action")) for r in lines] == [
+        (1, None, None), (2, None, None), (4, 5, None), (5, None, "skip"), (6, None, None),
+    ]  # fmt: skip
+    anomalies = [json.loads(line) for line in (tmp_path / "anomalies.jsonl").read_text().splitlines()]
+    assert anomalies[0] == {
+        "stage": "stage2", "step": 5, "kind": "not_finite", "action": "rollback", "text": "NaN", "back_to_step": 3,
+    }  # fmt: skip
+    assert [a["action"] for a in anomalies] == ["rollback", "skip"]
+    assert hook.summary["anomalies"] == {"rollback": 1, "skip": 1}
