@@ -214,7 +214,7 @@ def be_killed(backbone: Path, folder: Path, when: str) -> None:
     torch.distributed.all_gather_object(pids, os.getpid())
 
     def kill_all(*_: Any, **__: Any) -> None:
-        for pid in pids:
+        for pid in sorted(pids, key=lambda one: one == os.getpid()):  # itself last
             os.kill(pid, signal.SIGKILL)
 
     with mock.patch(f"megatron_hgpt.checkpoint.{when}", kill_all):
