@@ -1,15 +1,15 @@
-"""Checkpoints in megatron.core's distributed format: what training changes, not the frozen base.
+"""Checkpoints in the format of torch.distributed.checkpoint: what training changes, not the frozen base.
 
 A checkpoint folder ``step_00000100/`` holds
 
-    *.distcp, .metadata, common.pt, metadata.json    tensors and per-rank random states (torch_dist)
-    healthgpt.json                                   what it belongs to: model fingerprint, frozen base, stage, step, …
-    resolved_config.yaml                             the configuration of the run that wrote it
+    *.distcp, .metadata     tensors and per-rank random states: one file per rank, and what lies where
+    healthgpt.json          what it belongs to: model fingerprint, frozen base, stage, step, …; checksums of every file
+    resolved_config.yaml    the configuration of the run that wrote it
 
 Saved: both adapters, every H-LoRA plugin, embedding and head; AdamW moments and fp32 main weights of what trains, keyed
 by parameter name. The tower and the backbone's layers are frozen in every stage and come from their own folders, which
 healthgpt.json names by a digest of their content (`frozen_base`).
-A folder is written as ``step_….tmp`` and renamed once complete, so a name without ``.tmp`` is always whole.
+A folder is written as ``step_….<n>.tmp`` and renamed once complete, so a name without ``.tmp`` is always whole.
 What lies in a folder is never run, whoever wrote it: see `metadata_file` and `reading`.
 
 Must not import: data, hooks, trainer.
