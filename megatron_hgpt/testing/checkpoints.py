@@ -40,7 +40,7 @@ def seal_folder(folder: Path, **changes: Any) -> None:
 
 def write_as_format_2(source: Path, folder: Path) -> None:
     """A checkpoint of format 3 as one of format 2, which megatron.core's saver wrote; in an initialised process."""
-    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import save
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     info = json.loads((source / INFO).read_text())
@@ -58,7 +58,7 @@ def write_as_format_2(source: Path, folder: Path) -> None:
     for place, state in states.items():
         request[f"rng {place}"] = ShardedObject("rng", state, tuple(layout), tuple(map(int, place.split("."))))
     folder.mkdir(parents=True)
-    dist_checkpointing.save(request, str(folder))
+    save(request, str(folder))
     shutil.copy(source / "resolved_config.yaml", folder)
     new = ("is_healthy", "files", "digest", "publication")
     old = {key: value for key, value in info.items() if key not in new}
