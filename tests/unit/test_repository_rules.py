@@ -82,6 +82,8 @@ def safe_unpickling(tree: ast.AST, path: str) -> Iterator[ast.AST]:
 
 def safe_checkpoints(tree: ast.AST, path: str) -> Iterator[ast.AST]:
     """Loaders that unpickle what lies in a checkpoint folder; `megatron_hgpt.checkpoint.reading` takes their place."""
+    if path.startswith("megatron_hgpt/testing/"):  # writes the formats of earlier versions
+        return
     for module, names in {
         "torch.distributed.checkpoint": ("load", "load_state_dict", "FileSystemReader", "DefaultLoadPlanner"),
         "megatron.core": ("dist_checkpointing",),
