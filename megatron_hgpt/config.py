@@ -296,9 +296,9 @@ class CheckpointConfig:
     save_interval_steps: Annotated[int, AtLeast(1)] = 500
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: Annotated[int, AtLeast(0)] = 2
-    """Newest checkpoints kept; 0 keeps all."""
+    """Newest checkpoints kept, and the newest healthy one; 0 keeps all."""
     async_save: bool = False
-    """Go on training while a forked process per rank writes; the folder gets its name a few steps later."""
+    """Go on training while a thread per rank writes a copy; the folder gets its name a few steps later."""
     resume: bool = True
     """Continue from the newest complete checkpoint in `directory` when there is one."""
     init_from: list[str] = field(default_factory=list)
