@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def seal_folder(folder: Path, **changes: Any) -> None:
 
 def write_as_format_2(source: Path, folder: Path) -> None:
     """A checkpoint of format 3 as one of format 2, which megatron.core's saver wrote; in an initialised process."""
-    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import save
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
     info = json.loads((source / INFO).read_text())
@@ -58,7 +58,7 @@ def write_as_format_2(source: Path, folder: Path) -> None:
     for place, state in states.items():
         request[f"rng {place}"] = ShardedObject("rng", state, tuple(layout), tuple(map(int, place.split("."))))
     folder.mkdir(parents=True)
-    dist_checkpointing.save(request, str(folder))
+    save(request, str(folder))
     shutil.copy(source / "resolved_config.yaml", folder)
     new = ("is_healthy", "files", "digest", "publication")
     old = {key: value for key, value in info.items() if key not in new}
@@ -66,16 +66,13 @@ def write_as_format_2(source: Path, folder: Path) -> None:
 
 
 def plant_in_object(folder: Path, trap: object) -> None:
-    """Put what `pickle` makes of `trap` where a folder of format 2 keeps a rank's random states."""
-    contents = contents_of(folder)
-    for key in contents.objects:
-        place = contents.places[key, None]
-        stream = io.BytesIO()
-        torch.save([trap], stream)
-        content = stream.getvalue()
-        assert len(content) <= place.num_bytes
-        path = folder / place.file
-        data = bytearray(path.read_bytes())
-        data[place.offset : place.offset + place.num_bytes] = content.ljust(place.num_bytes, b"\0")
-        path.write_bytes(bytes(data))
-    assert (folder / METADATA).is_file()
+    """Put what pickle makes of `trap` where a folder of format 2 keeps the ranks' random states."""
+    from torch.distributed import checkpoint
+
+    torch.save([trap], folder / "trap.distcp")
+    metadata = checkpoint.FileSystemReader(folder).read_metadata()
+    for index, place in metadata.storage_data.items():
+        if index.fqn in contents_of(folder).objects:
+            place.relative_path, place.offset = "trap.distcp", 0
+            place.length = (folder / "trap.distcp").stat().st_size
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))

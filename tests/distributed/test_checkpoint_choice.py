@@ -172,6 +172,13 @@ def test_a_shard_of_another_step_is_found(run: Path) -> None:
     assert run_ranks(newest, 2, folder) == ["step_00000002 of step 2"] * 2
 
 
+def test_a_map_that_says_something_else_is_found(run: Path) -> None:
+    """Of the same size, and a pickle as good as the one that was written."""
+    path = run / "checkpoints" / "step_00000004" / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"optimizer.exp_avg_sq", b"optimizer.exp_avg_xq"))
+    assert run_ranks(newest, 2, run / "checkpoints") == ["step_00000002 of step 2"] * 2
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "resolved_config.yaml", "healthgpt.json"])
 def test_a_missing_file_is_found(name: str, run: Path) -> None:
     (run / "checkpoints" / "step_00000004" / name).unlink()

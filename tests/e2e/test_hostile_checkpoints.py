@@ -157,5 +157,5 @@ def test_planted_random_states_of_format_2_are_refused(finished: Path, tmp_path:
     root = plant(finished, tmp_path / "c", lambda root, trap: plant_in_object(root / STEP, trap), is_old=True)
     ((status, output),) = finish(train(root, "training.num_steps=2"))
     assert status != 0
-    assert ".distcp is damaged: " in output and "use another checkpoint" in output
+    assert "trap.distcp is damaged: " in output and "use another checkpoint" in output
     assert not (root / "ran").exists()

@@ -80,6 +80,18 @@ def safe_unpickling(tree: ast.AST, path: str) -> Iterator[ast.AST]:
         yield from (call for name in ("load", "loads", "Unpickler") for call in calls(tree, f"{module}.{name}"))
 
 
+def safe_checkpoints(tree: ast.AST, path: str) -> Iterator[ast.AST]:
+    """Loaders that unpickle what lies in a checkpoint folder; `megatron_hgpt.checkpoint.reading` takes their place."""
+    if path.startswith("megatron_hgpt/testing/"):  # writes the formats of earlier versions
+        return
+    for module, names in {
+        "torch.distributed.checkpoint": ("load", "load_state_dict", "FileSystemReader", "DefaultLoadPlanner"),
+        "megatron.core": ("dist_checkpointing",),
+        "megatron.core.dist_checkpointing": ("load", "load_plain_tensors", "load_common_state_dict"),
+    }.items():
+        yield from (node for node, name in imported(tree) if name in {f"{module}.{one}" for one in names})
+
+
 def nothing_unfinished(tree: ast.AST, path: str) -> Iterator[ast.AST]:
     """No stubs."""
     yield from (n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "NotImplementedError")
@@ -93,6 +105,7 @@ BREAKS: dict[Rule, str] = {
     no_foreign_imports: "from megatron import training",
     no_lenient_loading: "model.inner.load_state_dict(s, strict=False)",
     safe_unpickling: "import torch\ntorch.load(p, weights_only=False)",
+    safe_checkpoints: "from torch.distributed.checkpoint import FileSystemReader",
     nothing_unfinished: "raise NotImplementedError",
 }
 """Rule -> code that breaks it."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 
-from megatron_hgpt.checkpoint.metadata_file import METADATA, read_contents, read_metadata_file
+from megatron_hgpt.checkpoint.metadata_file import METADATA, Place, read_contents, read_metadata_file
 from megatron_hgpt.checkpoint.reading import read_chunks, read_object, read_whole
 from megatron_hgpt.checkpoint.state import Chunk
 from megatron_hgpt.errors import CheckpointError
@@ -189,14 +189,11 @@ def test_a_missing_file_is_one_line(folder: Path) -> None:
 
 def test_a_planted_object_among_the_tensors_is_refused(folder: Path, tmp_path: Path) -> None:
     """Of the room of a tensor: `torch.load` with weights_only refuses what is not data."""
-    stream = io.BytesIO()
-    torch.save(Trap(os.mkdir, str(tmp_path / "ran")), stream)
+    torch.save(Trap(os.mkdir, str(tmp_path / "ran")), folder / "trap.distcp")
     contents = read(folder)
-    place = contents.places["a.weight", (0, 0, 0)]
-    data = bytearray((folder / place.file).read_bytes())
-    data[place.offset : place.offset + len(stream.getvalue())] = stream.getvalue()
-    (folder / place.file).write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=r"\.distcp is damaged"):
+    size = (folder / "trap.distcp").stat().st_size
+    contents.places["a.weight", (0, 0, 0)] = Place(file="trap.distcp", offset=0, num_bytes=size)
+    with pytest.raises(CheckpointError, match=r"trap\.distcp is damaged"):
         read_whole(folder, contents, "a.weight")
     assert not (tmp_path / "ran").exists()
 
@@ -227,8 +224,8 @@ def test_a_packed_tensor_is_refused_before_it_is_unpacked(folder: Path) -> None:
             target.writestr(entry.filename, source.read(entry))
     contents = read(folder)
     (folder / "bomb.distcp").write_bytes(packed.getvalue())
-    old = contents.places["a.weight", (0, 0, 0)]
-    contents.places["a.weight", (0, 0, 0)] = type(old)(file="bomb.distcp", offset=0, num_bytes=len(packed.getvalue()))
+    size = len(packed.getvalue())
+    contents.places["a.weight", (0, 0, 0)] = Place(file="bomb.distcp", offset=0, num_bytes=size)
     with pytest.raises(CheckpointError, match="an entry is compressed"):
         read_whole(folder, contents, "a.weight")
 
