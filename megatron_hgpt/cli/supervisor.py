@@ -169,9 +169,6 @@ class Agent(LocalElasticAgent):
         what = f"rank {worker_group.workers[rank].global_rank} {in_words(self.last_status)}"
         return self._patience.wait(what, end_with_others)
 
-    def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:
-        self._shutdown()
-
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
         """Ask the processes to stop, and kill what is left when the time to save is over.
 
