@@ -165,7 +165,8 @@ def test_a_folder_has_one_owner(start: Start) -> None:
     run.wait_for("checkpoint saved")
     second = start(name="second")
     assert second.wait() == ExitStatus.USER_ERROR
-    (line,) = [line for line in second.text().splitlines() if "Error" in line]
+    (line,) = [line for line in second.text().splitlines() if line.startswith("ConfigError: ")]
+    assert "starting again" not in second.text() and "Traceback" not in second.text()
     assert f"{run.output} belongs to a run that is alive: host" in line and "another output_dir" in line
     assert run.process.poll() is None, "the first one is not disturbed"
 
