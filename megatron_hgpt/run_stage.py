@@ -7,11 +7,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_hgpt import distributed
 from megatron_hgpt.backbone.implementation import describe_choice, sequence_multiple
 from megatron_hgpt.batching import global_batch_size, repetition_warning
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
+from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hooks import PathParameters, SampleImages, WatchdogHook
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.ownership import FolderOwner
@@ -58,9 +61,7 @@ def main(config: RunConfig) -> int:
         from megatron_hgpt.text.tokenizer import TextTokenizer
         from megatron_hgpt.trainer import Trainer
 
-        if context.is_writer:
-            for folder in _written_folders(config):
-                owned.enter_context(FolderOwner(folder))
+        _own_folders(config, context, owned)
         # With cached features only the sample pictures, drawn from pixels, still need the tower.
         with_tower = config.data.feature_cache is None or (_draws_samples(config) and context.pp_size == 1)
         models = build_model_chunks(config, context.device, dropout=dict(stage.dropout), with_tower=with_tower)
@@ -139,10 +140,23 @@ def _log_header(
         logger.info("%s", line)
 
 
-def _written_folders(config: RunConfig) -> list[Path]:
-    """What no other run may write at the same time."""
-    named = config.checkpoint.directory
-    return [Path(config.output_dir), *([] if named is None else [Path(named)])]
+def _own_folders(config: RunConfig, context: DistributedContext, owned: contextlib.ExitStack) -> None:
+    """The first rank takes what no other run may write at the same time; the others wait for its word.
+
+    Raises:
+        ConfigError: on every rank; a run that is alive owns one.
+    """
+    refusal: list[str | None] = [None]
+    if context.is_writer:
+        named = config.checkpoint.directory
+        try:
+            for folder in [Path(config.output_dir), *([] if named is None else [Path(named)])]:
+                owned.enter_context(FolderOwner(folder))
+        except ConfigError as error:
+            refusal = [str(error)]
+    torch.distributed.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise ConfigError(refusal[0])
 
 
 def _path_parameters(config: RunConfig) -> PathParameters:

@@ -142,20 +142,24 @@ class Agent(LocalElasticAgent):
         failed = {rank: status for rank, status in self.exit_statuses().items() if status}
         result = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            statuses = failed or {failure.local_rank: failure.exitcode for failure in result.failures.values()}
-            if not self._shall_restart(worker_group, statuses):
+            if not self._shall_restart(worker_group, failed, self.exit_statuses()):
                 self._remaining_restarts = 0
         return result
 
-    def _shall_restart(self, worker_group: WorkerGroup, statuses: Mapping[int, int]) -> bool:
+    def _shall_restart(self, worker_group: WorkerGroup, first: Mapping[int, int], every: Mapping[int, int]) -> bool:
         """Decide, and wait where there is to be a pause.
 
         Args:
             worker_group: of this machine.
-            statuses: local rank -> exit status of the processes that failed first.
+            first: local rank -> exit status of the processes that failed before the agent ended the others.
+            every: the same of all.
         """
-        # A crash beside a mistake or a stop: these are what the others made of it.
-        rank, self.last_status = min(statuses.items(), key=lambda item: item[1] in FINAL, default=(0, 1))
+        # A signal that killed a process explains the rest. A mistake, which its rank says while its peers already
+        # fail for want of it, explains everything but that.
+        killed = {rank: status for rank, status in first.items() if status < 0}
+        mistaken = {rank: status for rank, status in every.items() if status in FINAL[:2]}
+        others = dict(sorted(first.items(), key=lambda item: item[1] in FINAL))
+        rank, self.last_status = next(iter((killed or mistaken or others or {0: 1}).items()))
         if self.last_status in STOPPED and self._is_elastic:
             logger.warning("another node was asked to stop, and the run has saved; going on with those that are left")
             return True
@@ -168,9 +172,6 @@ class Agent(LocalElasticAgent):
 
         what = f"rank {worker_group.workers[rank].global_rank} {in_words(self.last_status)}"
         return self._patience.wait(what, end_with_others)
-
-    def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:
-        self._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
         """Ask the processes to stop, and kill what is left when the time to save is over.

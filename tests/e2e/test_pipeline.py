@@ -156,12 +156,12 @@ def test_two_nodes_meet_at_an_address(demo: Path, tmp_path: Path) -> None:
 
 
 def test_the_slurm_script_starts_a_run_on_two_nodes(demo: Path, tmp_path: Path) -> None:
-    """`srun` and `scontrol` are stand-ins that start both tasks here; script, torchrun and rendezvous are real."""
+    """`srun` and `scontrol` are stand-ins that start both tasks here; script, launchers and rendezvous are real."""
     commands = tmp_path / "bin"
     commands.mkdir()
     # Backgrounded tasks and their statuses, which is what srun does with one task per node.
-    srun = '#!/bin/bash\n[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=4" ] || exit 9\nshift 2\n'
-    srun += '"$@" & first=$!\n"$@" & second=$!\n'
+    srun = '#!/bin/bash\n[ "$1 $2" = "--wait=120 --cpus-per-task=4" ] || exit 9\nshift 2\n'
+    srun += 'SLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" & second=$!\n'
     (commands / "srun").write_text(srun + "wait $first && wait $second\n")
     (commands / "scontrol").write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.2\\nx\\n"\n'
@@ -202,7 +202,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
         assert process.poll() is None, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint within 300 s"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun; its processes are in groups of their own, and die with it
     process.wait()
     assert not (killed / "checkpoints" / "step_00000020").exists(), "killed too late to show anything"
     run(*command, f"output_dir={killed}")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hgpt.config import LaunchConfig
+
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "examples" / "pretrain_hgpt.sh"
 CONFIG = ROOT / "examples" / "configs" / "tiny_stage1.yaml"
@@ -126,15 +128,16 @@ def test_a_real_run_says_no_warning_of_a_library(tiny_run: Path, tmp_path: Path)
 
 
 def test_a_crash_keeps_its_traceback(tiny_run: Path, tmp_path: Path) -> None:
-    """What is no user's mistake is not made small: exit status 1, the traceback and torchrun's report."""
+    """What is no user's mistake is not made small: exit status 1 and the traceback of the process."""
     started = (
         "import sys\nif '-u' in sys.orig_argv: sys.modules['megatron_hgpt.trainer'] = None\n"  # torchrun's children
     )
     (tmp_path / "sitecustomize.py").write_text(started)
     done = run("bash", LAUNCHER, "--config", tiny_run, "parallel.tensor_model_parallel_size=2",
-               PYTHONPATH=str(tmp_path), cwd=tmp_path)  # fmt: skip
+               "launch.max_restarts=0", PYTHONPATH=str(tmp_path), cwd=tmp_path)  # fmt: skip
     assert done.returncode == 1
-    assert "ModuleNotFoundError" in done.stderr and "ChildFailedError" in done.stderr
+    assert "ModuleNotFoundError" in done.stderr
+    assert re.search(r"error: rank [01] failed \(exit status 1\); start again to resume", done.stderr)
 
 
 def test_bash_replaces_itself_by_the_command(tmp_path: Path) -> None:
@@ -190,34 +193,65 @@ def test_spawned_workers_import_it_again_without_starting_a_run(tmp_path: Path) 
     assert (result.returncode, result.stdout) == (0, "the worker works\n"), result.stderr
 
 
-def test_slurm_starts_one_torchrun_per_node(tmp_path: Path) -> None:
-    """Stand-ins for Slurm's commands: what srun would run."""
-    for name, body in {
-        "scontrol": "printf 'node-a\\nnode-b\\n'",
-        "srun": 'printf "%s\\n" "$@" "GRACE=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+def slurm(tmp_path: Path, srun: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The batch script with stand-ins for Slurm's commands."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    scontrol = f'if [ "$1" = show ]; then printf "node-a\\nnode-b\\n"; else echo "$@" >> {tmp_path}/requeued; fi'
+    for name, body in {"scontrol": scontrol, "srun": srun}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
     # Slurm runs a copy of the script from its own spool folder.
     script = Path(shutil.copy(ROOT / "examples" / "slurm" / "pretrain_hgpt.sbatch", tmp_path / "slurm_script"))
-    result = run("bash", script, "--config", "x.yaml", "a.b=c", cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}",
-                 SLURM_JOB_NODELIST="node-[a-b]", SLURM_NNODES="2", SLURM_JOB_ID="42", SLURM_GPUS_ON_NODE="8",
-                 SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="64")  # fmt: skip
-    *command, grace = result.stdout.splitlines()
+    return run("bash", script, "--config", "x.yaml", "a.b=c", cwd=tmp_path, PATH=f"{folder}:{os.environ['PATH']}",
+               SLURM_JOB_NODELIST="node-[a-b]", SLURM_NNODES="2", SLURM_JOB_ID="42", SLURM_GPUS_ON_NODE="8",
+               SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="64", **environment)  # fmt: skip
+
+
+def test_slurm_starts_one_hgpt_train_per_node(tmp_path: Path) -> None:
+    """Stand-ins for Slurm's commands: what srun would run."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$NNODES $NODE_RANK $NPROC_PER_NODE $MASTER_ADDR:$MASTER_PORT" "$@"\n')
+    python.chmod(0o755)
+    srun = 'printf "%s\\n" "$1 $2"\nshift 2\nSLURM_NODEID=1 exec "$@"'
+    result = slurm(tmp_path, srun, PYTHON=str(python))
     assert result.returncode == 0, result.stderr
-    assert command[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=64"]
-    for option, value in {"--nnodes": "2", "--nproc-per-node": "8", "--rdzv-id": "42",
-                          "--rdzv-endpoint": "node-a:29500"}.items():  # fmt: skip
-        assert command[command.index(option) + 1] == value
-    assert command[-4:] == [str(LAUNCHER), "--config", "x.yaml", "a.b=c"]
+    assert result.stdout.splitlines() == [
+        "--wait=120 --cpus-per-task=64", "2:2 1 8 node-a:29500", "-m", "megatron_hgpt", "train", "--config", "x.yaml",
+        "a.b=c",
+    ]  # fmt: skip
+    lost = slurm(tmp_path, srun, PYTHON=str(python), MIN_NODES="1").stdout.splitlines()
+    assert lost[:2] == ["--wait=0 --cpus-per-task=64", "1:2 1 8 node-a:29500"]
     settings = (ROOT / "examples" / "slurm" / "pretrain_hgpt.sbatch").read_text(encoding="utf-8")
     (notice_s,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", settings, re.M)
-    assert 120 <= int(grace.removeprefix("GRACE=")) < int(notice_s)
+    assert 120 <= LaunchConfig().grace_s < int(notice_s)
     assert "\n#SBATCH --open-mode=append\n" in settings, "a requeued job would overwrite its log"
 
 
+REQUEUED = {
+    "finished": (0, {}, False),
+    "a mistake": (2, {}, False),
+    "diverged": (3, {}, False),
+    "stopped long before its end": (143, {"SLURM_JOB_END_TIME": "9999999999"}, False),
+    "out of time": (143, {"SLURM_JOB_END_TIME": "1000"}, True),
+    "hung": (75, {}, True),
+    "killed": (137, {"SLURM_RESTART_COUNT": "4"}, True),
+    "killed too often": (137, {"SLURM_RESTART_COUNT": "5"}, False),
+}
+
+
+@pytest.mark.parametrize("case", REQUEUED)
+def test_slurm_requeues_what_that_helps(case: str, tmp_path: Path) -> None:
+    status, environment, is_requeued = REQUEUED[case]
+    result = slurm(tmp_path, f"exit {status}", **environment)
+    assert result.returncode == status
+    assert (tmp_path / "requeued").exists() is is_requeued, result.stderr
+    if is_requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 42\n" and "resume from the newest" in result.stderr
+
+
 @pytest.mark.parametrize(("grace_s", "saved"), [("1", False), ("60", True)])
-def test_torchrun_waits_as_long_as_the_slurm_script_tells_it(grace_s: str, saved: bool, tmp_path: Path) -> None:
+def test_a_torchrun_of_the_user_waits_as_long_as_it_is_told(grace_s: str, saved: bool, tmp_path: Path) -> None:
     """A process that needs 3 s to save after SIGTERM lives exactly where TORCH_ELASTIC_SHUTDOWN_TIMEOUT allows it."""
     script = tmp_path / "train.py"
     script.write_text(

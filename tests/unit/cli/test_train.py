@@ -9,7 +9,7 @@ import torch
 
 from megatron_hgpt.cli import main
 from megatron_hgpt.cli.frame import build_parser, load
-from megatron_hgpt.cli.processes import processes_per_node, torchrun_arguments
+from megatron_hgpt.cli.processes import meeting_point, processes_per_node
 from megatron_hgpt.config import ParallelConfig
 from megatron_hgpt.environment import Nodes, nodes_from_environment
 from megatron_hgpt.errors import ConfigError
@@ -102,18 +102,26 @@ def test_one_machine_meets_by_itself_and_several_at_the_first(monkeypatch: pytes
     for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert nodes_from_environment() == Nodes()
-    assert torchrun_arguments(3, Nodes(), ["train", "a.b=c d"]) == [
-        "--standalone", "--nproc-per-node", "3", "-m", "megatron_hgpt", "train", "a.b=c d"
-    ]  # fmt: skip
-    for name, value in {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}.items():
+    alone = meeting_point(Nodes(), start_s=60)
+    assert (alone.endpoint, alone.min_nodes, alone.max_nodes, alone.local_addr) == ("localhost:0", 1, 1, "127.0.0.1")
+    for name, value in {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": "1234"}.items():
         monkeypatch.setenv(name, value)
-    nodes = nodes_from_environment()
-    assert torchrun_arguments(8, nodes, ["train"])[:10] == [
-        "--nnodes", "4", "--node-rank", "2", "--master-addr", "host0", "--master-port", "1234", "--nproc-per-node", "8"
-    ]  # fmt: skip
+    among = meeting_point(nodes_from_environment(), start_s=60)
+    assert (among.endpoint, among.min_nodes, among.max_nodes) == ("127.0.0.2:1234", 4, 4)
+    assert (among.get_as_bool("is_host"), among.get_as_int("join_timeout")) == (False, 60)
+    monkeypatch.setenv("NNODES", "2:4")
+    monkeypatch.setenv("NODE_RANK", "0")
+    among = meeting_point(nodes_from_environment(), start_s=60)
+    assert (among.min_nodes, among.max_nodes, among.get_as_bool("is_host")) == (2, 4, True)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(ConfigError, match="MASTER_ADDR=no-such-host.invalid: .*; name the first node"):
+        meeting_point(nodes_from_environment(), start_s=60)
     monkeypatch.delenv("NODE_RANK")
     with pytest.raises(ConfigError, match="NNODES=4: set NODE_RANK and MASTER_ADDR on every node"):
-        torchrun_arguments(8, nodes_from_environment(), ["train"])
+        meeting_point(nodes_from_environment(), start_s=60)
+    monkeypatch.setenv("NNODES", "3:2")
+    with pytest.raises(ConfigError, match="NNODES='3:2' must be a whole number of at least 1, or MIN:MAX"):
+        nodes_from_environment()
     monkeypatch.setenv("NNODES", "many")
     with pytest.raises(ConfigError, match="NNODES='many' must be a whole number of at least 1"):
         nodes_from_environment()
