@@ -49,8 +49,8 @@ class WatchdogHook(Hook):
         timeouts: `step_warning_s`, `step_limit_s`, `start_s`, `save_s`.
         rank: of this process.
         world_size: processes of the run.
-        output_dir: of the run. Stacks go to ``watchdog/rank_<rank>.txt`` in it once the run has begun; to stderr before,
-            as the folder may be another run's until then.
+        output_dir: of the run. Stacks go to ``watchdog/rank_<rank>.txt`` in it once the run has begun; to stderr
+            before, as the folder may be another run's until then.
     """
 
     def __init__(self, timeouts: TimeoutsConfig, *, rank: int, world_size: int, output_dir: Path) -> None:
