@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_hgpt.environment import write_error_file
+from megatron_hgpt.errors import HungError
 from megatron_hgpt.exit_status import ExitStatus
 from megatron_hgpt.hooks.base import Hook, Phase, TrainState
 from megatron_hgpt.hooks.beats import Beat, host_name, kill_silent, place_of, process_start, ranks_behind
@@ -49,8 +50,8 @@ class WatchdogHook(Hook):
         timeouts: `step_warning_s`, `step_limit_s`, `start_s`, `save_s`.
         rank: of this process.
         world_size: processes of the run.
-        output_dir: of the run. Stacks go to ``watchdog/rank_<rank>.txt`` in it once the run has begun; to stderr before,
-            as the folder may be another run's until then.
+        output_dir: of the run. Stacks go to ``watchdog/rank_<rank>.txt`` in it once the run has begun; to stderr
+            before, as the folder may be another run's until then.
     """
 
     def __init__(self, timeouts: TimeoutsConfig, *, rank: int, world_size: int, output_dir: Path) -> None:
@@ -111,7 +112,12 @@ class WatchdogHook(Hook):
         self._now = (self._now[0] + 1, state.step, phase)
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
-        """Tell the other ranks, which may sit in a collective that this one will never join."""
+        """Tell the other ranks, which may sit in a collective that this one will never join.
+
+        What hangs here would also keep this process from ending, as a loader's thread does: it ends at once.
+        """
+        if isinstance(error, HungError):
+            self._tell_end(str(error), [])
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set("watchdog/error", f"rank {self.rank}: {type(error).__name__}")

@@ -165,13 +165,15 @@ def test_a_slow_step_is_named_and_the_run_goes_on(config: Path, tmp_path: Path, 
 
 
 def test_samples_that_do_not_come(config: Path, tmp_path: Path, started: list[Run]) -> None:
-    run = Run(tmp_path, config, "loader", 1, "timeouts.loader_s=2", "timeouts.step_limit_s=60")
+    """The thread that waits for them would keep the process for ever."""
+    run = Run(tmp_path, config, "loader", 1, "timeouts.loader_s=2", "timeouts.step_limit_s=100")
     started.append(run)
-    assert run.wait(120) != 0
-    assert re.search(
-        r"the samples of step \d were not there after 2 s \(timeouts\.loader_s\) on data-parallel rank 1", run.text()
-    )
-    assert not run.ranks()
+    began = run.wait_for(r"step 1/4: ", 120)
+    assert run.wait(60) != 0
+    assert time.monotonic() - began < 20
+    said = r"HungError: the samples of step \d were not there after 2 s \(timeouts\.loader_s\) on data-parallel rank 1"
+    assert re.search(said, run.text()), run.text()[-3000:]
+    assert f"exitcode  : {ExitStatus.HUNG.value} " in run.text() and not run.ranks()
 
 
 def test_a_run_that_diverges_says_so_and_is_not_worth_another_start(
