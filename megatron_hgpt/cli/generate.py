@@ -98,7 +98,7 @@ def read_pictures(files: Sequence[Path]) -> list[Image]:
         try:
             pictures.append(load_image(file))
         except SkipSample as error:
-            raise DataError(f"--image {error.detail}") from error
+            raise DataError(f"--image {file}: {error.detail}") from error
     return pictures
 
 

@@ -204,7 +204,9 @@ def test_a_full_disk_is_one_line_and_the_old_folder_stays(small_disk: Path) -> N
             (temporary / "b").write_bytes(bytes(1 << 20))
         line = str(caught.value)
         assert line.startswith(f"{folder} cannot be written (No space left on device): ") and line.endswith(intact)
-        assert "MiB are free" in line and names(small_disk) == (["data"] if there else [])
+        assert "): 1.0 MiB were and more is needed, 0.0 MiB are free" in line and names(small_disk) == (
+            ["data"] if there else []
+        )
         fill(folder, "old")
     with pytest.raises(DataError, match="cannot be written .* requested and"), replace_folder(folder) as temporary:
         np.zeros(1 << 21, np.uint8).tofile(temporary / "a.npy")  # NumPy's error has no number

@@ -35,7 +35,7 @@ STORED = {
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["trian"], "hgpt: command 'trian' is unknown; did you mean train?"),
-    (["xyzzy"], "hgpt: command 'xyzzy' is unknown; there are preprocess, cache-features, train"),
+    (["xyzzy"], "hgpt: command 'xyzzy' is unknown; there are preprocess, cache-features, verify, train"),
     (["--vresion"], "command '--vresion' is unknown"),
     *[([name, *rest, "--confgi", "x"], "unrecognized arguments: --confgi") for name, rest in CONFIGURED.items()],
     *[([name, *rest, "training.sed=1"], "did you mean training.seed?") for name, rest in CONFIGURED.items()],
