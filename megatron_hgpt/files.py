@@ -120,7 +120,7 @@ def read_json(path: Path, error: type[HealthGPTError] = DataError) -> Json:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(f"cannot read {path}: {reason_of(problem)}") from problem
     if not isinstance(content, dict):
         raise error(f"{path} holds a {type(content).__name__}, not an object")
