@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -113,7 +114,7 @@ def check_override_names(section: str, overrides: Mapping[str, Any], megatron_cl
             hint = did_you_mean(name, names)
             raise ConfigError(f"{section}.{name} is not a field of megatron.core's {megatron_class.__name__}{hint}")
         if not _fits(kinds[name], value):
-            kind = str(getattr(kinds[name], "__name__", kinds[name])).replace("typing.", "")
+            kind = inspect.formatannotation(kinds[name]).replace("typing.", "")
             raise ConfigError(f"{section}.{name}={shown(value)} is not of megatron.core's type for it, {kind[:80]}")
 
 
