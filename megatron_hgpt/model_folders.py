@@ -18,7 +18,7 @@ from typing import Any
 from megatron_hgpt.backbone.shape import BackboneShape, read_backbone
 from megatron_hgpt.config import ModelConfig, RunConfig, VisionConfig, VQConfig
 from megatron_hgpt.config_io import Problem, load_config, read_config
-from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, raise_problems
+from megatron_hgpt.errors import CheckpointError, ConfigError, HealthGPTError, raise_problems, shown
 from megatron_hgpt.files import read_json
 from megatron_hgpt.stages import LEARNING_RATES
 from megatron_hgpt.text.templates import TEMPLATES, chat_template_of
@@ -38,6 +38,9 @@ CLIP_DEFAULTS: Mapping[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 """What is read of a tower, with CLIPVisionConfig's own defaults: transformers leaves a value out where it has them."""
+
+MOST_IDS = 2**22
+"""Ids of a vocabulary, as `model.vocabulary.text_size` has at most: each is a row of two matrices."""
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
@@ -141,7 +144,7 @@ def _line(name: str, error: object) -> str:
 
 
 def _disagreement(name: str, said: Any, file: Path, key: str, found: Any) -> str:
-    return f"{name}={said!r}, but {file} gives {key}={found!r}; leave it out, or name the folder that fits"
+    return f"{name}={shown(said)}, but {file} gives {key}={shown(found)}; leave it out, or name the folder that fits"
 
 
 def _resolve_backbone(model: ModelConfig) -> Iterator[str]:
@@ -257,6 +260,9 @@ def _resolve_text(config: RunConfig) -> Iterator[str]:
             entries = vocabulary_of(description)
             if bos_token is not None and bos_token not in entries and has_dummy_space(description):
                 yield f"{name}: bos_token={bos_token!r} in {folder} is no entry of its tokenizer.json; correct it there"
+            if not entries or not 0 <= min(entries.values()) <= max(entries.values()) < MOST_IDS:
+                yield f"{name}: the tokenizer in {folder} has no entries, or ids outside 0 to {MOST_IDS - 1}"
+                return
             yield from _resolve_text_size(model, folder, 1 + max(entries.values()))
             yield from _resolve_template(config, folder, entries)
     if model.template is None:

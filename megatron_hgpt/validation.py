@@ -25,7 +25,7 @@ from megatron_hgpt.config import PLUGIN_SIZES, HLoRAPluginConfig, RunConfig
 from megatron_hgpt.config_io import Problem, check_types
 from megatron_hgpt.data.dataset import manifest_problems
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
-from megatron_hgpt.errors import ConfigError, DataError, raise_problems
+from megatron_hgpt.errors import ConfigError, DataError, raise_problems, shown
 from megatron_hgpt.files import read_json, why_not_writable
 from megatron_hgpt.model_folders import absent_folders, resolve_model, with_read_problems
 from megatron_hgpt.samples import TASKS, Task
@@ -230,9 +230,14 @@ def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
 
 def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
     vision, sizes = config.model.vision, config.model.vision.hf_config
-    wrong = [key for key in _VISION_SIZES if type(sizes.get(key)) is not int or sizes[key] < 1]
+    wrong = [
+        key for key, most in _VISION_SIZES.items() if type(sizes.get(key)) is not int or not 1 <= sizes[key] <= most
+    ]
     for key in wrong:
-        yield f"model.vision.hf_config.{key}={sizes.get(key)!r} must be a positive integer"
+        yield (
+            f"model.vision.hf_config.{key}={shown(sizes.get(key))} must be a positive integer, at most "
+            f"{_VISION_SIZES[key]}"
+        )
     if wrong:
         return
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
@@ -254,14 +259,15 @@ def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
             )
 
 
-_VISION_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-)
+_VISION_SIZES = {
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "image_size": 2**13,
+    "patch_size": 2**13,
+}
+"""Of a tower, and what is no tower's any more."""
 
 
 def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:

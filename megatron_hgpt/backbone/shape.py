@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,21 @@ class BackboneShape:
     """Tokens a position attends to, itself included; None attends to all before it."""
 
 
+_LARGEST: Mapping[str, int] = {
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "head_dim": 2**14,
+}
+"""Above these no language model is: a damaged or hostile config.json would take the machine when it is built."""
+_MOST_POSITIONS = 2**26
+_MOST_PARAMETERS = 10**13
+
+
 def _refuse(field: str, value: object, supported: str) -> ConfigError:
-    return ConfigError(f"model.hf_config.{field}={value!r} is not supported; supported: {supported}")
+    return ConfigError(f"model.hf_config.{field}={shown(value)} is not supported; supported: {supported}")
 
 
 def _size(config: Mapping[str, Any], field: str) -> int:
@@ -92,14 +105,15 @@ def _size(config: Mapping[str, Any], field: str) -> int:
         raise ConfigError(
             f"model.hf_config lacks {field!r}: give the content of the backbone's config.json, or a preset"
         )
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _refuse(field, value, "a positive integer")
+    most = _LARGEST.get(field, _MOST_POSITIONS)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise _refuse(field, value, f"a positive integer, at most {most}")
     return value
 
 
 def _number(config: Mapping[str, Any], field: str, default: float) -> float:
     value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise _refuse(field, value, "a positive number")
     return float(value)
 
@@ -164,12 +178,15 @@ def read_backbone(config: Mapping[str, Any]) -> BackboneShape:
     for field in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if config.get(field):
             raise _refuse(field, config[field], "0.0")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise _refuse("layer_types", config["layer_types"], "full_attention in every layer")
     num_heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     num_kv_heads = num_heads
     if family.requires_num_kv_heads or config.get("num_key_value_heads") is not None:
         num_kv_heads = _size(config, "num_key_value_heads")
+    if _size(config, "num_hidden_layers") * hidden_size * _size(config, "intermediate_size") > _MOST_PARAMETERS:
+        raise _refuse("num_hidden_layers", config["num_hidden_layers"], f"at most {_MOST_PARAMETERS} weights")
     if num_heads % num_kv_heads:
         raise _refuse("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads={num_heads}")
     if config.get("head_dim") is None and hidden_size % num_heads:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +14,7 @@ from megatron_hgpt import cpu_platform
 from megatron_hgpt.backbone.implementation import keeps_bf16_parameters, transformer_settings
 from megatron_hgpt.backbone.shape import BackboneShape, check_tensor_parallel
 from megatron_hgpt.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_hgpt.errors import ConfigError, did_you_mean
+from megatron_hgpt.errors import ConfigError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -102,9 +106,29 @@ def transformer_config(
 
 
 def check_override_names(section: str, overrides: Mapping[str, Any], megatron_class: type) -> None:
-    """Raises ConfigError for a name that Megatron's dataclass does not have, suggesting the nearest."""
+    """Raises ConfigError for a name that Megatron's dataclass does not have, or a value of another type than its."""
+    kinds = typing.get_type_hints(megatron_class)
     names = [field.name for field in dataclasses.fields(megatron_class)]
-    for name in overrides:
+    for name, value in overrides.items():
         if name not in names:
             hint = did_you_mean(name, names)
             raise ConfigError(f"{section}.{name} is not a field of megatron.core's {megatron_class.__name__}{hint}")
+        if not _fits(kinds[name], value):
+            kind = inspect.formatannotation(kinds[name]).replace("typing.", "")
+            raise ConfigError(f"{section}.{name}={shown(value)} is not of megatron.core's type for it, {kind[:80]}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value from YAML may stand for Megatron's annotation; a whole number may for a float."""
+    if kind is Any:
+        return True
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    plain = typing.get_origin(kind) or kind
+    if isinstance(value, bool):
+        return plain is bool
+    if isinstance(value, int | float) and not math.isfinite(value):
+        return False
+    return isinstance(value, {float: (int, float), tuple: (tuple, list)}.get(plain, plain))

@@ -38,7 +38,7 @@ def read_header(path: Path) -> tuple[Json, int]:
         header.pop("__metadata__", None)
         if not all({"dtype", "shape", "data_offsets"} <= entry.keys() for entry in header.values()):
             raise ValueError("an entry without dtype, shape or data_offsets")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error!r}") from error
     return header, 8 + size
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.errors import DataError
-from megatron_hgpt.files import replace_folder, write_atomic
+from megatron_hgpt.files import read_json, replace_folder, write_atomic
 
 MARKER = ".complete.json"
 """Written last into a step's folder: the inputs that the step was built from."""
@@ -56,7 +56,7 @@ def step(name: str, folder: Path, inputs: dict[str, Any]) -> Iterator[Path | Non
         DataError: `folder` exists but this tool did not write it.
     """
     marker = folder / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == inputs:
+    if marker.is_file() and _content(marker) == inputs:
         say(f"{name}: complete, skipped ({folder})")
         yield None
         return
@@ -68,6 +68,14 @@ def step(name: str, folder: Path, inputs: dict[str, Any]) -> Iterator[Path | Non
         yield temporary
         write_atomic(temporary / MARKER, json.dumps(inputs, indent=1) + "\n")
     say(f"{name}: done in {time.perf_counter() - start:.1f} s")
+
+
+def _content(marker: Path) -> dict[str, Any] | None:
+    """None of a damaged one: its step is built again."""
+    try:
+        return read_json(marker)
+    except DataError:
+        return None
 
 
 def digest(*files: Path) -> str:

@@ -92,6 +92,26 @@ def safe_checkpoints(tree: ast.AST, path: str) -> Iterator[ast.AST]:
         yield from (node for node, name in imported(tree) if name in {f"{module}.{one}" for one in names})
 
 
+READS_PICKLES = ("megatron_hgpt/safe_pickle.py", "megatron_hgpt/checkpoint/metadata_file.py")
+"""The modules that know how to read one without running it."""
+
+
+def pickle_is_read_in_few_places(tree: ast.AST, path: str) -> Iterator[ast.AST]:
+    """Who reads pickles reads them by an allow-list, and says so at its head."""
+    if path not in READS_PICKLES:
+        yield from (node for node, name in imported(tree) if name.split(".")[0] in ("pickle", "dill", "cloudpickle"))
+
+
+def no_code_from_outside(tree: ast.AST, path: str) -> Iterator[ast.AST]:
+    """A model's folder brings no code, and nothing is downloaded (the demo reads models of installed packages)."""
+    yield from (call for name in ("eval", "exec", "__import__") for call in calls(tree, name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func).endswith("from_pretrained"):
+            is_local = path.startswith("megatron_hgpt/demo/") or keyword(node, "local_files_only") is True
+            if keyword(node, "trust_remote_code") is True or not is_local:
+                yield node
+
+
 def nothing_unfinished(tree: ast.AST, path: str) -> Iterator[ast.AST]:
     """No stubs."""
     yield from (n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "NotImplementedError")
@@ -106,6 +126,8 @@ BREAKS: dict[Rule, str] = {
     no_lenient_loading: "model.inner.load_state_dict(s, strict=False)",
     safe_unpickling: "import torch\ntorch.load(p, weights_only=False)",
     safe_checkpoints: "from torch.distributed.checkpoint import FileSystemReader",
+    pickle_is_read_in_few_places: "import pickle",
+    no_code_from_outside: "AutoModel.from_pretrained(folder)",
     nothing_unfinished: "raise NotImplementedError",
 }
 """Rule -> code that breaks it."""
