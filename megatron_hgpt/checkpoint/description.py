@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from megatron_hgpt.backbone.shape import FAMILIES, read_backbone
 from megatron_hgpt.checkpoint.metadata_file import METADATA
 from megatron_hgpt.config import ModelConfig, RunConfig
 from megatron_hgpt.errors import CheckpointError
-from megatron_hgpt.files import read_json
+from megatron_hgpt.files import read_json, sealed
 from megatron_hgpt.parameters import SAVED_GROUPS
 from megatron_hgpt.stages import STAGES
 
@@ -64,13 +63,6 @@ def _shape_of_version_1(sizes: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: fingerprint.backbone is no shape; use another checkpoint") from error
 
 
-def seal(info: dict[str, Any]) -> dict[str, Any]:
-    """A description as JSON will give it back, with the ``digest`` of everything else in it."""
-    content = json.loads(json.dumps({key: value for key, value in info.items() if key != "digest"}))
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return {**content, "digest": hashlib.sha256(text.encode()).hexdigest()}
-
-
 def check_seal(info: dict[str, Any], path: Path) -> None:
     """Compare the digest in a description with its content.
 
@@ -81,7 +73,7 @@ def check_seal(info: dict[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: something was changed after it was sealed, or nothing was.
     """
-    if info.get("digest") != seal(info)["digest"]:
+    if info.get("digest") != sealed(info)["digest"]:
         raise CheckpointError(f"{path} is damaged: its digest is not that of its content; use another checkpoint")
 
 
@@ -129,7 +121,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is refused: {size} bytes; use another checkpoint")
     try:
         info = read_json(path, CheckpointError)
-        seal(info)
+        sealed(info)
     except RecursionError as error:
         raise CheckpointError(f"cannot read {path}: it nests too deeply; use another checkpoint") from error
     version = info.get("format_version")
@@ -139,7 +131,7 @@ def read_info(folder: Path) -> dict[str, Any]:
             "version of the package that wrote it, or train again"
         )
     if version < 3:
-        info = {**seal(info), "files": {}, "is_healthy": True}
+        info = {**sealed(info), "files": {}, "is_healthy": True}
     else:
         check_seal(info, path)
     if problem := next(_problems(folder, info), None):

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import to_dict
+from megatron_hgpt.safe_yaml import read_yaml
 
 _ABSENT = object()
 
@@ -22,10 +23,10 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """
     path = folder / "resolved_config.yaml"
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored = read_yaml(path)
         if not isinstance(stored, Mapping):
             raise ValueError("it holds no sections")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         return [f"{path} cannot be read ({' '.join(str(error).split())}): what changed since is not known"]
     before = {**dict(_flat(to_dict(RunConfig()))), **dict(_flat(stored))}
     now = dict(_flat(to_dict(config)))

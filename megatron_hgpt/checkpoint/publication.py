@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publication_of, read_info, seal
+from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publication_of, read_info
 from megatron_hgpt.checkpoint.shards import HashedFile, Shard, sync_folder, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.errors import reason_of
+from megatron_hgpt.files import sealed
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def describe(
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
     with HashedFile(folder / INFO) as file:
-        file.write(json.dumps(seal({**info, "publication": publication, "files": files}), indent=1).encode())
+        file.write(json.dumps(sealed({**info, "publication": publication, "files": files}), indent=1).encode())
     sync_folder(folder)
     return sum(entry["bytes"] for entry in files.values()) + (folder / INFO).stat().st_size
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_hgpt.checkpoint.description import INFO, seal
+from megatron_hgpt.checkpoint.description import INFO
 from megatron_hgpt.checkpoint.metadata_file import METADATA, Contents, read_contents, read_metadata_file
 from megatron_hgpt.checkpoint.reading import read_whole
+from megatron_hgpt.files import sealed
 
 
 def contents_of(folder: Path) -> Contents:
@@ -35,7 +36,7 @@ def seal_folder(folder: Path, **changes: Any) -> None:
         for path in sorted(folder.iterdir())
         if path.name != INFO
     }
-    (folder / INFO).write_text(json.dumps(seal({**info, "files": files, **changes})))
+    (folder / INFO).write_text(json.dumps(sealed({**info, "files": files, **changes})))
 
 
 def write_as_format_2(source: Path, folder: Path) -> None:

@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("parameters", "config_io", "config_reference"),
     ("files", "config", "cpu_platform", "environment", "ownership"),
-    ("samples", "errors", "exit_status", "rounding", "bounds"),
+    ("samples", "errors", "exit_status", "safe_yaml", "safe_pickle", "rounding", "bounds"),
 )
 """The packages and modules of megatron_hgpt, top floor first, in the order of README's map.
 

@@ -178,7 +178,7 @@ def config_classes(cls: type = RunConfig) -> Iterator[type]:
 
 SELF_EXPLANATORY = {
     "model", "parallel", "engine", "data", "optimizer", "training", "checkpoint", "logging", "vision", "vq",
-    "vocabulary", "hlora", "comprehension", "generation",
+    "vocabulary", "hlora", "comprehension", "generation", "anomaly", "timeouts", "launch",
 }  # fmt: skip
 """Sections."""
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_hgpt.checkpoint.description import FORMAT_VERSION, INFO, check_fits, fingerprint, read_info, seal
+from megatron_hgpt.checkpoint.description import FORMAT_VERSION, INFO, check_fits, fingerprint, read_info
 from megatron_hgpt.errors import CheckpointError
+from megatron_hgpt.files import sealed
 from megatron_hgpt.testing.models import tiny_config, write_backbone
 
 FILE = {"bytes": 3, "sha256": "ab"}
@@ -30,7 +31,7 @@ def _write(folder: Path, version: Any, stored: dict[str, Any], **fields: Any) ->
     info = {**VALID, "format_version": version, "fingerprint": stored, **fields}
     if version == FORMAT_VERSION:
         files = {".metadata": FILE, "resolved_config.yaml": FILE}
-        info = seal({"is_healthy": True, "files": files, **info})
+        info = sealed({"is_healthy": True, "files": files, **info})
     (folder / INFO).write_text(json.dumps(info))
     return folder
 

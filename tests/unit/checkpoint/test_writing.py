@@ -13,11 +13,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_hgpt.checkpoint import publication
-from megatron_hgpt.checkpoint.description import checkpoint_folders, seal
+from megatron_hgpt.checkpoint.description import checkpoint_folders
 from megatron_hgpt.checkpoint.publication import give_name, next_publication, prune, settle_leftovers
 from megatron_hgpt.checkpoint.shards import Shard, write_metadata, write_shard
 from megatron_hgpt.checkpoint.snapshot import HostCopies, share_of
 from megatron_hgpt.checkpoint.state import Chunk, rectangles
+from megatron_hgpt.files import sealed
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 6), (4, 1, 3)])
@@ -142,7 +143,7 @@ def checkpoint(directory: Path, step: int, number: int, *, is_healthy: bool = Tr
         "files": {name: {"bytes": 1, "sha256": "0"} for name in (".metadata", "resolved_config.yaml")},
         "publication": number,
     }  # fmt: skip
-    (folder / "healthgpt.json").write_text(json.dumps(seal(info)))
+    (folder / "healthgpt.json").write_text(json.dumps(sealed(info)))
     return folder
 
 
