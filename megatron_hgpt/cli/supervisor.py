@@ -141,9 +141,9 @@ class Agent(LocalElasticAgent):
         # Before the agent ends the others, whose statuses then say nothing.
         failed = {rank: status for rank, status in self.exit_statuses().items() if status}
         result = super()._monitor_workers(worker_group)
-        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            if not self._shall_restart(worker_group, failed, self.exit_statuses()):
-                self._remaining_restarts = 0
+        has_failed = result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY)
+        if has_failed and not self._shall_restart(worker_group, failed, self.exit_statuses()):
+            self._remaining_restarts = 0
         return result
 
     def _shall_restart(self, worker_group: WorkerGroup, first: Mapping[int, int], every: Mapping[int, int]) -> bool:
