@@ -30,7 +30,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal that asked; 0 as long as none has."""
+        """Of the signal that stops the run, agreed by all ranks; 0 as long as they have not."""
+        self._asked = 0
         self._since_s = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -51,6 +52,8 @@ class StopSignals:
 
     def agree(self, context: DistributedContext) -> bool:
         """Whether any rank was asked to stop, alike on every rank: a checkpoint needs all of them."""
+        # A signal may come between any two lines: what is asked is never overwritten, and counts the next time.
+        self.number = self._asked
         if context.world_size > 1:
             number = torch.tensor([self.number], device=context.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
@@ -62,7 +65,7 @@ class StopSignals:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self._since_s = self._since_s or time.monotonic()
-        self.number = self.number or signum
+        self._asked = self._asked or signum
 
 
 def die_with_launcher() -> None:

@@ -236,7 +236,7 @@ def test_sixteen_sigterms_of_sixteen_save(start: Start) -> None:
         time.sleep(moments.uniform(0, 2))
         since_s = time.monotonic()
         run.process.send_signal(signal.SIGTERM)
-        status = run.wait()
+        status = run.wait(60)
         step = re.findall(r"stopped by a signal after step (\d+)", run.text())[0]
         is_saved = run.steps()[-1] == f"step_{int(step):08d}" and status == (1 if number % 2 else 143)
         saved += is_saved

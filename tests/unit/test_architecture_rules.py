@@ -210,6 +210,7 @@ def test_the_readme_s_map_is_the_tree_and_the_floors() -> None:
 
 
 NOT_CALLED_BY_NAME = {
+    "_shutdown": "torchrun's agent calls it",
     "_postprocess": "megatron.core's GPTModel calls it",
     "find_class": "pickle calls it",
     "storage_meta": "torch.distributed.checkpoint calls it",
