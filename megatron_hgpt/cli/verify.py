@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_hgpt.cli import frame
 
-HELP = "compare every file of datasets, their feature caches and checkpoints with its checksum"
+HELP = "compare every file of datasets and checkpoints with its checksum"
 EXAMPLES = """
 hgpt verify data/train data/validation
 hgpt verify runs/my_run

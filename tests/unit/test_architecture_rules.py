@@ -42,7 +42,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("parameters", "config_io", "config_reference"),
     ("files", "config", "cpu_platform", "environment", "ownership"),
-    ("samples", "errors", "exit_status", "safe_yaml", "safe_pickle", "rounding", "bounds"),
+    ("safe_yaml", "safe_pickle"),
+    ("samples", "errors", "exit_status", "rounding", "bounds"),
 )
 """The packages and modules of megatron_hgpt, top floor first, in the order of README's map.
 
@@ -210,9 +211,9 @@ def test_the_readme_s_map_is_the_tree_and_the_floors() -> None:
 
 
 NOT_CALLED_BY_NAME = {
-    "_shutdown": "torchrun's agent calls it",
     "_postprocess": "megatron.core's GPTModel calls it",
     "find_class": "pickle calls it",
+    "_shutdown": "torchrun's agent calls it",
     "storage_meta": "torch.distributed.checkpoint calls it",
     "export_backbone": "the way back of load_backbone: tests compare bit by bit",
     "hlora_delta": "the formula that every fast path is tested against",

@@ -98,7 +98,7 @@ READS_PICKLES = ("megatron_hgpt/safe_pickle.py", "megatron_hgpt/checkpoint/metad
 
 def pickle_is_read_in_few_places(tree: ast.AST, path: str) -> Iterator[ast.AST]:
     """Who reads pickles reads them by an allow-list, and says so at its head."""
-    if path not in READS_PICKLES:
+    if path not in READS_PICKLES and not path.startswith("megatron_hgpt/testing/"):  # which plants them
         yield from (node for node, name in imported(tree) if name.split(".")[0] in ("pickle", "dill", "cloudpickle"))
 
 

@@ -41,7 +41,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
         capsys.readouterr()
         assert main(arguments) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "Error" in line or "Traceback" in line]
-        assert len(lines) == 1 and re.match(f"DataError: {message}", lines[0]), lines
+        assert len(lines) == 1 and re.match(f"(Data|Config)Error: {message}", lines[0]), lines
         assert sorted(path.name for path in disk.iterdir()) == left
 
     return run
@@ -71,7 +71,7 @@ def test_preprocess(disk: Path, tmp_path: Path, tiny_run: Path, fails: Callable[
     fails(overwrite, f"{message}.*; the folder that was there is as before$", disk, ["data"])
     assert len(DatasetReader(folder, verify_checksums=True)) == 3
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    message = rf"{folder} cannot be written \(Read-only file system\).*; the folder that was there is as before$"
+    message = rf"--output {folder} cannot be written: Read-only file system; name another place$"
     fails(overwrite, message, disk, ["data"])
 
 
@@ -86,7 +86,7 @@ def test_cache_features(disk: Path, tmp_path: Path, tiny_run: Path, fails: Calla
     assert not list(folder.glob("features*"))
     (disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    fails(command, rf"{folder}/features cannot be written \(Read-only file system\)", disk, ["data"])
+    fails(command, rf"the cache {folder}/features cannot be written: Read-only file system", disk, ["data"])
 
 
 def test_train_vqgan(disk: Path, tmp_path: Path, fails: Callable[..., None]) -> None:
@@ -95,7 +95,7 @@ def test_train_vqgan(disk: Path, tmp_path: Path, fails: Callable[..., None]) -> 
     (disk / "ballast").write_bytes(bytes(900_000))
     fails([*command, "--resolution", "16"], f"{NO_ROOM.format(folder=folder)}.*; nothing is left", disk, ["ballast"])
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    fails(command, rf"{folder} cannot be written \(Read-only file system\)", disk, ["ballast"])
+    fails(command, rf"--output {folder} cannot be written: Read-only file system", disk, ["ballast"])
 
 
 def test_two_commands_of_one_output(tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_the_documented_commands(
     assert (manifest["dtype"], manifest["files"]["comprehension.bin"]) == ("fp32", 64 * 128 * 4)
     trained: list[str] = []
     monkeypatch.setattr("megatron_hgpt.run_stage.main", lambda run: trained.append(str(run.data.feature_cache)))
-    assert main(["train", *documented("train")]) == 0
+    assert main(["train", *documented("train"), "launch.max_restarts=0"]) == 0
     assert trained == ["features"]
 
 
