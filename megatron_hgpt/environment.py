@@ -92,9 +92,13 @@ def nodes_from_environment() -> Nodes:
         min_nodes=min_nodes,
         node_rank=_count("NODE_RANK", at_least=0),
         master_addr=os.environ.get("MASTER_ADDR") or None,
-        master_port=_count("MASTER_PORT") or 29500,
+        master_port=_count("MASTER_PORT", at_most=65_535) or 29500,
         processes_per_node=_count("NPROC_PER_NODE"),
     )
+
+
+_MOST = 2**20
+"""Processes or nodes of a run: above any cluster, and below what would start processes until the machine gives up."""
 
 
 def _nodes_range() -> tuple[int, int]:
@@ -103,17 +107,18 @@ def _nodes_range() -> tuple[int, int]:
     if not separator:
         number = _count("NNODES") or 1
         return number, number
-    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
-        raise ConfigError(f"NNODES={text!r} must be a whole number of at least 1, or MIN:MAX of two such")
+    is_range = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (least, most))
+    if not (is_range and 1 <= int(least) <= int(most) <= _MOST):
+        raise ConfigError(f"NNODES={text[:40]!r} must be a whole number from 1 to {_MOST}, or MIN:MAX of two such")
     return int(least), int(most)
 
 
-def _count(name: str, at_least: int = 1) -> int | None:
+def _count(name: str, at_least: int = 1, at_most: int = _MOST) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdecimal() or int(text) < at_least:
-        raise ConfigError(f"{name}={text!r} must be a whole number of at least {at_least}")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and at_least <= int(text) <= at_most):
+        raise ConfigError(f"{name}={text[:40]!r} must be a whole number from {at_least} to {at_most}")
     return int(text)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -202,8 +203,12 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(demo: Path, 
         assert process.poll() is None, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint within 300 s"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # torchrun; its processes are in groups of their own, and die with it
+    ranks = psutil.Process(process.pid).children(recursive=True)  # in process groups of their own
+    for rank in ranks:
+        rank.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert len(ranks) == 2
     assert not (killed / "checkpoints" / "step_00000020").exists(), "killed too late to show anything"
     run(*command, f"output_dir={killed}")
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]

@@ -116,7 +116,7 @@ def test_a_rank_that_is_no_number(
     with pytest.raises(ConfigError) as refused:
         rank_from_environment() + world_size_from_environment()
     assert frame.report_error(refused.value) == 2
-    assert capsys.readouterr().err.startswith(f"ConfigError: {name}='x' must be a whole number of at least ")
+    assert capsys.readouterr().err.startswith(f"ConfigError: {name}='x' must be a whole number from ")
 
 
 def test_the_status_says_whether_starting_again_helps(
