@@ -106,6 +106,8 @@ class WatchdogHook(Hook):
         """The folder is this run's."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+        # What was put off last would still go to stderr, should this thread hold Python's lock from now on.
+        faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._stacks)
 
     def on_phase(self, state: TrainState, phase: Phase) -> None:
         """A new part of the work is progress."""

@@ -15,6 +15,7 @@ from megatron_hgpt.config import DataConfig, ParallelConfig, RunConfig, Training
 from megatron_hgpt.data.dataset import describe_vocabulary
 from megatron_hgpt.data.feature_cache_writer import CacheOptions, cache_features
 from megatron_hgpt.data.mmap_format import DatasetWriter
+from megatron_hgpt.files import sealed
 from megatron_hgpt.samples import IMAGE_TOKEN_ID, TASKS, Task
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import NUM_CODES, NUM_IMAGE_TOKENS, TEXT_SIZE, tiny_config, write_backbone
@@ -80,7 +81,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         cache_features(dataset, dataset / name, tower=tower, vision=vision, options=options)
     wrong, right_blocks = dataset / "wrong" / "manifest.json", dataset / "features" / "manifest.json"
     forged = {**json.loads(wrong.read_text()), "num_blocks": json.loads(right_blocks.read_text())["num_blocks"]}
-    wrong.write_text(json.dumps(forged))
+    wrong.write_text(json.dumps(sealed(forged)))
     return backbone, dataset
 
 

@@ -45,7 +45,7 @@ def hang(self):
             batches[0].pixel_values.fill_(float("nan"))
             return batches
         elif fault == "slow":
-            time.sleep(5)
+            time.sleep(10)
     return next_step(self)
 
 if fault == "loader":
