@@ -30,7 +30,8 @@ NOTES = """
 hgpt starts the processes itself: as many as the GPUs hold replicas of the model, on a CPU one replica (tensor x
 pipeline x context), or NPROC_PER_NODE. A failed run starts again from its newest checkpoint (launch.*). NNODES=2:4
 goes on with what is left of four nodes. Under torchrun it is one of torchrun's processes. It exits with 0 when
-training is finished, 2 after a mistake, 3 after divergence, 143 or 130 when a signal stopped it and it has saved.
+training is finished, 2 after a mistake, 3 after divergence, 143 or 130 when a signal stopped it and it has saved, 75
+after a hang; that and anything else, a crash, is started again.
 """
 
 
