@@ -28,7 +28,7 @@ from pathlib import Path
 # torchrun starts this file by path: the repository root is not on the path of an uninstalled checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Checkpoint writers are spawned processes that import this file again: they must not start a run.
+# Nothing here spawns processes, but a library may, and each imports this file again: it must not start a run.
 if __name__ == "__main__":
     from megatron_hgpt.cli import main
 

@@ -2,7 +2,7 @@
 
 import sys
 
-# Checkpoint writers are spawned processes that import this file again: they must not start a command.
+# Nothing here spawns processes, but a library may, and each imports this file again: it must not start a command.
 if __name__ == "__main__":
     from megatron_hgpt.cli import main
 

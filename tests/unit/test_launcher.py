@@ -177,7 +177,7 @@ def test_signals_reach_the_started_process(tmp_path: Path) -> None:
 
 
 def test_spawned_workers_import_it_again_without_starting_a_run(tmp_path: Path) -> None:
-    """Checkpoint writers are spawned: each imports the main file, whatever its extension, under another name."""
+    """A process that a library spawns imports the main file, whatever its extension, under another name."""
     parent = tmp_path / "parent.py"
     parent.write_text(
         "import multiprocessing, os, sys\n"
