@@ -264,11 +264,7 @@ class Checkpointer:
         Args:
             models: the bare model parts of this pipeline stage.
             engine: holds the optimizer's state.
-            healthy_only: leave out checkpoints that were saved after an anomaly.
-
-        Args:
-            models, engine: what is loaded into.
-            healthy_only: leave out those that were saved after an abnormal step.
+            healthy_only: leave out checkpoints that were saved right after a loss spike.
 
         Raises:
             CheckpointError: it belongs to another model, base or stage, or all checkpoints are damaged.
