@@ -28,13 +28,14 @@ from megatron_hgpt.checkpoint.publication import (
 )
 from megatron_hgpt.checkpoint.random_states import layout, rng_chunks
 from megatron_hgpt.checkpoint.restoring import Restored, restore
-from megatron_hgpt.checkpoint.shards import Shard, sync_folder
+from megatron_hgpt.checkpoint.shards import Shard
 from megatron_hgpt.checkpoint.snapshot import HostCopies, share_of
 from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, optimizer_chunks, optimizer_steps
 from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
+from megatron_hgpt.files import sync_folder
 from megatron_hgpt.parameters import SAVED_GROUPS
 
 if TYPE_CHECKING:

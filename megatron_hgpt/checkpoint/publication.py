@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publication_of, read_info
-from megatron_hgpt.checkpoint.shards import HashedFile, Shard, sync_folder, write_metadata
+from megatron_hgpt.checkpoint.shards import HashedFile, Shard, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.errors import reason_of
-from megatron_hgpt.files import sealed
+from megatron_hgpt.files import sealed, sync_folder
 
 logger = logging.getLogger(__name__)
 
