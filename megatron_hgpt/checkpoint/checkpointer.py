@@ -20,7 +20,6 @@ from megatron_hgpt.checkpoint.publication import (
     describe,
     folder_of,
     give_name,
-    in_megabytes,
     lacking_room,
     next_publication,
     prune,
@@ -37,6 +36,7 @@ from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
 from megatron_hgpt.files import sync_folder
 from megatron_hgpt.parameters import SAVED_GROUPS
+from megatron_hgpt.rounding import file_size
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
@@ -212,7 +212,7 @@ class Checkpointer:
 
     def _tell_of_memory(self) -> None:
         if self._num_saves == 1 and self.config.checkpoint.async_save:
-            size = in_megabytes(self._copies.num_bytes)
+            size = file_size(self._copies.num_bytes)
             logger.info("asynchronous saves: %s of the first rank's host memory hold what it writes", size)
 
     def _describe(self, step: int, loader_state: dict[str, Any], is_healthy: bool) -> dict[str, Any]:
