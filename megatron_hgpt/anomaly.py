@@ -52,7 +52,8 @@ class AnomalyGuard:
     def __init__(self, config: AnomalyConfig, context: DistributedContext) -> None:
         self.config, self.context = config, context
         self.is_healthy = True
-        """Whether the last step was an ordinary one: no update left out, no spike. Checkpoints say so."""
+        """False from an update that was made on a loss spike to the next ordinary step; one that is left out moves no
+        weight, and so changes nothing. Checkpoints say so."""
         self._losses: dict[str, deque[float]] = {}
         self._skips_in_a_row = 0
         self._rollbacks = 0
@@ -129,7 +130,6 @@ class AnomalyGuard:
         Raises:
             DivergedError: it says stop, or a limit is used up.
         """
-        self.is_healthy = False
         seen = f"step {step}: {text}"
         remedy = "look at these samples, or lower optimizer.lr; the newest healthy checkpoint is intact"
         if policy == "stop":

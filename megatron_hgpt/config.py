@@ -327,7 +327,7 @@ class TimeoutsConfig:
     """Seconds after which waiting ends; each is told in docs/operations.md."""
 
     step_warning_s: Annotated[float, Above(0), AtMost(10**7)] = 60.0
-    """A step without progress: the console names the rank, where it stands and the remedy."""
+    """A step without progress: the console names the rank, where it stands and the remedy. Below `step_limit_s`."""
     step_limit_s: Annotated[float, Above(0), AtMost(10**7)] = 900.0
     """A step without progress: the run ends on every rank, and the launcher starts it again."""
     start_s: Annotated[float, Above(0), AtMost(10**7)] = 1800.0
@@ -337,7 +337,7 @@ class TimeoutsConfig:
     save_s: Annotated[float, Above(0), AtMost(10**7)] = 1800.0
     """Writing one checkpoint; an asynchronous one is then given up and training goes on."""
     collective_s: Annotated[float, Above(0), AtMost(10**7)] = 1800.0
-    """A collective of torch.distributed that not every rank joins."""
+    """A collective of torch.distributed that not every rank joins: a last resort, not below `step_limit_s`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -54,7 +54,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -185,7 +185,7 @@ def _take_place(new: Path, folder: Path) -> None:
                 retired.rename(folder)
             raise
         shutil.rmtree(retired, ignore_errors=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -254,13 +254,13 @@ def _sync_tree(folder: Path) -> None:
     """Wait until files and folders below, and their names, are on the disk."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         elif not path.is_symlink():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk, where the filesystem knows that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -39,6 +39,7 @@ class FolderOwner:
 
     Raises:
         ConfigError: on entering; a live process owns it.
+        OSError: on entering; it cannot be written, and nothing is left in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,11 +97,18 @@ class FolderOwner:
             return owner or {}
         if owner is not None:
             self._say_taken_over(owner)
-        file.truncate(0)
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         description = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "machine": _machine()}
-        file.write(json.dumps(description))
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(json.dumps(description))
+            file.flush()
+        except OSError:  # an empty file would be taken for a run that has just begun to write it
+            self.path.unlink(missing_ok=True)
+            self._file = None
+            with contextlib.suppress(OSError):  # closing tries to write once more
+                file.close()
+            raise
         return None
 
     def _say_taken_over(self, owner: dict[str, Any]) -> None:

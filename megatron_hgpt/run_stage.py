@@ -14,7 +14,7 @@ from megatron_hgpt.backbone.implementation import describe_choice, sequence_mult
 from megatron_hgpt.batching import global_batch_size, repetition_warning
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.environment import rank_from_environment, world_size_from_environment
-from megatron_hgpt.errors import ConfigError
+from megatron_hgpt.errors import ConfigError, reason_of
 from megatron_hgpt.hooks import PathParameters, SampleImages, WatchdogHook
 from megatron_hgpt.model.parameter_counts import count_parameters, count_trained
 from megatron_hgpt.ownership import FolderOwner
@@ -144,16 +144,22 @@ def _own_folders(config: RunConfig, context: DistributedContext, owned: contextl
     """The first rank takes what no other run may write at the same time; the others wait for its word.
 
     Raises:
-        ConfigError: on every rank; a run that is alive owns one.
+        ConfigError: on every rank; a run that is alive owns one, or it cannot be written.
     """
     refusal: list[str | None] = [None]
     if context.is_writer:
-        named = config.checkpoint.directory
-        try:
-            for folder in [Path(config.output_dir), *([] if named is None else [Path(named)])]:
-                owned.enter_context(FolderOwner(folder))
-        except ConfigError as error:
-            refusal = [str(error)]
+        folders = {"output_dir": config.output_dir, "checkpoint.directory": config.checkpoint.directory}
+        for option, folder in folders.items():
+            try:
+                if folder is not None:
+                    owned.enter_context(FolderOwner(Path(folder)))
+            except ConfigError as error:
+                refusal = [str(error)]
+                break
+            except OSError as error:  # for instance a full disk, which shows with the first byte only
+                reason = reason_of(error)
+                refusal = [f"{option}={folder} cannot be written ({reason}); make room, or name another place"]
+                break
     torch.distributed.broadcast_object_list(refusal)
     if refusal[0] is not None:
         raise ConfigError(refusal[0])

@@ -19,6 +19,7 @@ from megatron_hgpt.engines import build_engine
 from megatron_hgpt.forward_step import LossTotals
 from megatron_hgpt.gradient_audit import GradientAudit
 from megatron_hgpt.hooks.base import Anomaly, Phase, StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.hooks.tolerance import Tolerance
 from megatron_hgpt.interruption import StopSignals
 from megatron_hgpt.optim import build_scheduler, learning_rates, mark_idle_groups
 from megatron_hgpt.parameters import named_parameters
@@ -117,7 +118,9 @@ class Trainer:
                 hook.on_fit_start(self.state)
             if self.context.is_writer:
                 # Only now is the run accepted: a refused start leaves the file of the run that is there.
-                save_config(self.config, Path(self.config.output_dir) / "resolved_config.yaml")
+                path = Path(self.config.output_dir) / "resolved_config.yaml"
+                with Tolerance().writing(path):
+                    save_config(self.config, path)
             while self.step < self.total_steps:
                 record = self.train_step()
                 self._enter(Phase.REPORT)

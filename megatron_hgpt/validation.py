@@ -21,17 +21,18 @@ from megatron_hgpt.backbone.shape import (
 )
 from megatron_hgpt.backbone.transformer import check_override_names, transformer_config
 from megatron_hgpt.batching import data_parallel_size, global_batch_size
-from megatron_hgpt.config import PLUGIN_SIZES, HLoRAPluginConfig, RunConfig
+from megatron_hgpt.config import PLUGIN_SIZES, HLoRAPluginConfig, RunConfig, TimeoutsConfig
 from megatron_hgpt.config_io import Problem, check_types
 from megatron_hgpt.data.dataset import manifest_problems
 from megatron_hgpt.engines.deepspeed_settings import engine_problems, missing_requirements
-from megatron_hgpt.errors import ConfigError, DataError, raise_problems, shown
+from megatron_hgpt.errors import ConfigError, DataError, raise_problems
 from megatron_hgpt.files import read_json, why_not_writable
 from megatron_hgpt.model_folders import absent_folders, resolve_model, with_read_problems
 from megatron_hgpt.samples import TASKS, Task
 from megatron_hgpt.stages import Stage, resolve_stage
 from megatron_hgpt.text.templates import template_of
 from megatron_hgpt.text.vocabulary import Vocabulary
+from megatron_hgpt.vision.tower_sizes import tower_problems
 
 _T = TypeVar("_T")
 
@@ -86,7 +87,8 @@ def _attempt(problems: list[str], function: Callable[..., _T], *arguments: Any) 
 def _problems(config: RunConfig, world_size: int) -> list[str]:
     """Rules across fields, each as far as earlier problems leave something to check."""
     stage = resolve_stage(config.training)
-    found = [*engine_problems(config), *_run_problems(config, stage), *_unnamed_folders(config)]
+    found = [*engine_problems(config), *_run_problems(config, stage), *_timeout_problems(config.timeouts)]
+    found += _unnamed_folders(config)
     shape = _attempt(found, read_backbone, config.model.hf_config) if config.model.hf_config else None
     if shape is not None:
         found += _shape_problems(config, shape)
@@ -97,7 +99,7 @@ def _problems(config: RunConfig, world_size: int) -> list[str]:
     if config.model.vocabulary.text_size is not None and config.model.vq.num_codes is not None:
         found += _vocabulary_problems(config)
     if config.model.vision.hf_config:
-        found += _vision_problems(config, stage)
+        found += tower_problems(config, stage)
     return [*found, *_plugin_problems(config, stage), *_data_problems(config, stage), *_packing_problems(config)]
 
 
@@ -129,6 +131,20 @@ def _run_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
         yield (
             f"training.stage={training.stage} draws images, but model.vq.num_codes={vq.num_codes} and num_indices="
             f"{vq.num_indices}; set model.vq.path, or set them to the VQGAN's"
+        )
+
+
+def _timeout_problems(timeouts: TimeoutsConfig) -> Iterator[str]:
+    warning_s, limit_s, collective_s = timeouts.step_warning_s, timeouts.step_limit_s, timeouts.collective_s
+    if warning_s >= limit_s:
+        yield (
+            f"timeouts.step_warning_s={warning_s:g} must be below timeouts.step_limit_s={limit_s:g}, which ends the "
+            "run; lower the one or raise the other"
+        )
+    if collective_s < limit_s:
+        yield (
+            f"timeouts.collective_s={collective_s:g} is below timeouts.step_limit_s={limit_s:g}: torch would end the "
+            "run before the watchdog says why; raise it"
         )
 
 
@@ -226,48 +242,6 @@ def _pipeline_problems(config: RunConfig, num_layers: int) -> Iterator[str]:
             f"parallel.virtual_pipeline_model_parallel_size={chunks} must divide the layers of each stage "
             f"({', '.join(map(str, sorted(per_stage)))})"
         )
-
-
-def _vision_problems(config: RunConfig, stage: Stage) -> Iterator[str]:
-    vision, sizes = config.model.vision, config.model.vision.hf_config
-    wrong = [
-        key for key, most in _VISION_SIZES.items() if type(sizes.get(key)) is not int or not 1 <= sizes[key] <= most
-    ]
-    for key in wrong:
-        yield (
-            f"model.vision.hf_config.{key}={shown(sizes.get(key))} must be a positive integer, at most "
-            f"{_VISION_SIZES[key]}"
-        )
-    if wrong:
-        return
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        yield (
-            f"model.vision.hf_config.num_attention_heads={sizes['num_attention_heads']} must divide hidden_size="
-            f"{sizes['hidden_size']}"
-        )
-    if sizes["patch_size"] > sizes["image_size"]:
-        yield (
-            f"model.vision.hf_config.patch_size={sizes['patch_size']} exceeds image_size={sizes['image_size']}: "
-            "a picture would give no token"
-        )
-    for task in stage.tasks:
-        depth, blocks = getattr(vision, f"{task.value}_hidden_state"), sizes["num_hidden_layers"]
-        if not -(blocks + 1) <= depth <= blocks:
-            yield (
-                f"model.vision.{task.value}_hidden_state={depth} is outside a tower of {blocks} blocks; "
-                f"use {-(blocks + 1)} to {blocks}"
-            )
-
-
-_VISION_SIZES = {
-    "hidden_size": 2**16,
-    "intermediate_size": 2**18,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 1024,
-    "image_size": 2**13,
-    "patch_size": 2**13,
-}
-"""Of a tower, and what is no tower's any more."""
 
 
 def _check_megatron_overrides(config: RunConfig, shape: BackboneShape) -> None:

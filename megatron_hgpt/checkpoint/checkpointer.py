@@ -20,7 +20,6 @@ from megatron_hgpt.checkpoint.publication import (
     describe,
     folder_of,
     give_name,
-    in_megabytes,
     lacking_room,
     next_publication,
     prune,
@@ -28,14 +27,16 @@ from megatron_hgpt.checkpoint.publication import (
 )
 from megatron_hgpt.checkpoint.random_states import layout, rng_chunks
 from megatron_hgpt.checkpoint.restoring import Restored, restore
-from megatron_hgpt.checkpoint.shards import Shard, sync_folder
+from megatron_hgpt.checkpoint.shards import Shard
 from megatron_hgpt.checkpoint.snapshot import HostCopies, share_of
 from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, optimizer_chunks, optimizer_steps
 from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
 from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
+from megatron_hgpt.files import sync_folder
 from megatron_hgpt.parameters import SAVED_GROUPS
+from megatron_hgpt.rounding import file_size
 
 if TYPE_CHECKING:
     from megatron_hgpt.model.healthgpt import HealthGPT
@@ -211,7 +212,7 @@ class Checkpointer:
 
     def _tell_of_memory(self) -> None:
         if self._num_saves == 1 and self.config.checkpoint.async_save:
-            size = in_megabytes(self._copies.num_bytes)
+            size = file_size(self._copies.num_bytes)
             logger.info("asynchronous saves: %s of the first rank's host memory hold what it writes", size)
 
     def _describe(self, step: int, loader_state: dict[str, Any], is_healthy: bool) -> dict[str, Any]:
@@ -264,11 +265,7 @@ class Checkpointer:
         Args:
             models: the bare model parts of this pipeline stage.
             engine: holds the optimizer's state.
-            healthy_only: leave out checkpoints that were saved after an anomaly.
-
-        Args:
-            models, engine: what is loaded into.
-            healthy_only: leave out those that were saved after an abnormal step.
+            healthy_only: leave out checkpoints that were saved right after a loss spike.
 
         Raises:
             CheckpointError: it belongs to another model, base or stage, or all checkpoints are damaged.

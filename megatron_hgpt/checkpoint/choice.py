@@ -43,7 +43,7 @@ def open_newest(directory: Path, *, healthy_only: bool = False) -> OpenCheckpoin
 
     Args:
         directory: of ``step_*`` folders; each rank may see it under a path of its own.
-        healthy_only: leave out checkpoints that were saved after an anomaly.
+        healthy_only: leave out checkpoints that were saved right after a loss spike.
 
     Raises:
         CheckpointError: all are damaged, or ranks do not see the same.
@@ -66,6 +66,7 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
 
 def _open_first(folders: Sequence[Path], *, healthy_only: bool = False) -> OpenCheckpoint | None:
     damaged: list[str] = []
+    unhealthy: list[Path] = []
     for folder in folders:
         try:
             found = _open(folder, healthy_only=healthy_only)
@@ -73,7 +74,10 @@ def _open_first(folders: Sequence[Path], *, healthy_only: bool = False) -> OpenC
             damaged.append(str(error))
             continue
         if found is None:
+            unhealthy.append(folder)
             continue
+        for left_out in unhealthy:
+            logger.warning("%s was saved right after a loss spike: %s is used instead", left_out, folder)
         for reason in damaged:
             logger.warning("%s: %s is used instead", reason.split("; use another")[0], folder)
         return found

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publication_of, read_info
-from megatron_hgpt.checkpoint.shards import HashedFile, Shard, sync_folder, write_metadata
+from megatron_hgpt.checkpoint.shards import HashedFile, Shard, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.errors import reason_of
-from megatron_hgpt.files import sealed
+from megatron_hgpt.files import sealed, sync_folder
+from megatron_hgpt.rounding import file_size
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,6 @@ _OVERHEAD = 2048
 def bytes_on_disk(num_bytes: int, num_chunks: int) -> int:
     """What chunks of so many bytes take in a checkpoint."""
     return num_bytes + num_chunks * _OVERHEAD
-
-
-def in_megabytes(num_bytes: int) -> str:
-    """For messages: ``12.3 MB``."""
-    return f"{num_bytes / 1e6:.1f} MB"
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -61,7 +57,7 @@ def lacking_room(directory: Path, needed: int) -> str | None:
     probe.unlink()
     free = free_bytes(directory)
     if free < needed:
-        return f"one takes {in_megabytes(needed)}, and {in_megabytes(free)} are free there"
+        return f"one takes {file_size(needed)}, and {file_size(free)} are free there"
     return None
 
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_hgpt.checkpoint.state import Chunk
+from megatron_hgpt.files import sync_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,15 +93,6 @@ class HashedFile:
     def sha256(self) -> str:
         """Of everything written, in hex."""
         return self._hash.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_shard(folder: Path, rank: int, chunks: Sequence[Chunk], check: Callable[[], None]) -> Shard:

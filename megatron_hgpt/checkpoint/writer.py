@@ -25,10 +25,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_hgpt.checkpoint.publication import free_bytes, in_megabytes
+from megatron_hgpt.checkpoint.publication import free_bytes
 from megatron_hgpt.checkpoint.shards import Shard, write_shard
 from megatron_hgpt.checkpoint.state import Chunk
 from megatron_hgpt.errors import reason_of
+from megatron_hgpt.rounding import file_size
 
 T = TypeVar("T")
 
@@ -238,5 +239,5 @@ class Save(threading.Thread, Generic[T]):
     def _reason(self, error: Exception) -> str:
         reason = " ".join((reason_of(error) or type(error).__name__).split())
         if isinstance(error, OSError) and self.folder.parent.is_dir():
-            return f"{reason}, {in_megabytes(free_bytes(self.folder.parent))} are free"
+            return f"{reason}, {file_size(free_bytes(self.folder.parent))} are free"
         return reason

@@ -41,8 +41,6 @@ from megatron_hgpt.rounding import plural
 if TYPE_CHECKING:
     from megatron_hgpt.config import RunConfig
 
-USER_ERROR = 2
-"""Exit status of a mistake that one line explains."""
 RANK_ERROR_DELAY_S = 30.0
 """Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
 says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
@@ -237,7 +235,7 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
     write_error_file(message)
     if isinstance(error, DivergedError):
         return ExitStatus.DIVERGED
-    return ExitStatus.HUNG if isinstance(error, HungError) else USER_ERROR
+    return ExitStatus.HUNG if isinstance(error, HungError) else ExitStatus.USER_ERROR
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:

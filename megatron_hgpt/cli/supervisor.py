@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
 
 from megatron_hgpt.checkpoint.description import checkpoint_folders
+from megatron_hgpt.cli.frame import RANK_ERROR_DELAY_S
 from megatron_hgpt.config import LaunchConfig
 from megatron_hgpt.exit_status import ExitStatus
 
@@ -139,12 +140,24 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         # Before the agent ends the others, whose statuses then say nothing.
-        failed = {rank: status for rank, status in self.exit_statuses().items() if status}
+        failed = self._first_failures()
         result = super()._monitor_workers(worker_group)
         has_failed = result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY)
         if has_failed and not self._shall_restart(worker_group, failed, self.exit_statuses()):
             self._remaining_restarts = 0
         return result
+
+    def _first_failures(self) -> dict[int, int]:
+        """Local rank -> exit status of those that failed; after a crash the others have time to say a mistake."""
+        deadline_s = time.monotonic() + RANK_ERROR_DELAY_S / 2
+        while True:
+            statuses = self.exit_statuses()
+            failed = {rank: status for rank, status in statuses.items() if status}
+            is_explained = any(status < 0 or status in (*FINAL, ExitStatus.HUNG) for status in failed.values())
+            is_running = self._pcontext is not None and len(statuses) < len(self._pcontext.pids())
+            if not failed or is_explained or not is_running or time.monotonic() > deadline_s:
+                return failed
+            time.sleep(0.1)
 
     def _shall_restart(self, worker_group: WorkerGroup, first: Mapping[int, int], every: Mapping[int, int]) -> bool:
         """Decide, and wait where there is to be a pause.
@@ -208,7 +221,7 @@ class Agent(LocalElasticAgent):
 def in_words(status: int) -> str:
     """What became of a process with this exit status, as the end of a sentence."""
     if status == ExitStatus.HUNG:
-        return f"was ended by timeouts.step_limit_s (exit status {status})"
+        return f"was ended by the trainer (a hang, exit status {status})"
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"failed (exit status {status})"

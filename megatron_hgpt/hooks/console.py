@@ -15,8 +15,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_hgpt.hooks.base import Anomaly, Hook, StepRecord, TrainState, ValidationRecord
-from megatron_hgpt.hooks.figures import duration, file_size, losses
-from megatron_hgpt.rounding import plural
+from megatron_hgpt.hooks.figures import duration, losses
+from megatron_hgpt.rounding import file_size, plural
 from megatron_hgpt.samples import Task
 from megatron_hgpt.stages import resolve_stage
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.hooks.base import TrainState
+from megatron_hgpt.hooks.tolerance import Tolerance
 
 
 def import_tracker(module: str, *, field: str, package: str, defaults: Mapping[str, str]) -> ModuleType:
@@ -42,7 +43,8 @@ def stored_run_id(state: TrainState, tracker: str) -> str | None:
 
 def store_run_id(state: TrainState, tracker: str, run_id: str) -> None:
     """Keep the id for a later resume."""
-    write_atomic(run_id_file(state, tracker), run_id + "\n")
+    with Tolerance().writing(run_id_file(state, tracker)):
+        write_atomic(run_id_file(state, tracker), run_id + "\n")
 
 
 def run_id_file(state: TrainState, tracker: str) -> Path:

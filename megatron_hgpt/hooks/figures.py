@@ -16,14 +16,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def file_size(num_bytes: int) -> str:
-    """``0.4 MB``, ``123 MB``, ``2.1 GB``; of 1000 each, as disks are sold."""
-    megabytes = num_bytes / 1e6
-    if megabytes >= 1000:
-        return f"{megabytes / 1000:.1f} GB"
-    return f"{megabytes:.1f} MB" if megabytes < 10 else f"{megabytes:.0f} MB"
-
-
 def losses(loss: float, per_task: Mapping[str, float], num_samples: Mapping[str, int] | None = None) -> str:
     """``1.2345``, with the tasks in brackets where there are two, and the samples of each where they are given."""
     counts = {task: f" on {n:,}" for task, n in (num_samples or {}).items()}

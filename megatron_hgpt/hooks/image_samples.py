@@ -11,6 +11,7 @@ from PIL import Image
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.hooks.base import Hook, StepRecord, TrainState
 from megatron_hgpt.hooks.tensorboard import TensorBoardHook
+from megatron_hgpt.hooks.tolerance import Tolerance
 
 SampleImages = Callable[[TrainState], list[tuple[str, Image.Image]]]
 """Draws a few samples; called on every rank at the same step, because a sharded model needs all of them."""
@@ -25,6 +26,7 @@ class ImageSamplesHook(Hook):
         self.interval_steps = interval_steps
         self.sample_images = sample_images
         self.tensorboard = tensorboard
+        self._tolerance = Tolerance()
 
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
         """Draw when due."""
@@ -37,6 +39,7 @@ class ImageSamplesHook(Hook):
         for index, (tag, image) in enumerate(images):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
-            write_atomic(folder / f"{index:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', tag)[:80]}.png", buffer.getvalue())
+            with self._tolerance.writing(folder.parent):
+                write_atomic(folder / f"{index:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', tag)[:80]}.png", buffer.getvalue())
         if self.tensorboard is not None:
             self.tensorboard.add_images(record.step, images)

@@ -1,5 +1,5 @@
 """metrics.jsonl (one JSON object per logged step), validation.jsonl (one per validation), anomalies.jsonl (one per
-abnormal step) and summary.json (one per stage), all safe against a kill.
+abnormal step) and summary.json (one per stage), all safe against a kill; none of them stops a run by a full disk.
 
 The first two hold each step once, in order: after a resume and after a rollback, the lines of steps that will run again
 are dropped first. The first line after a rollback says from which step it came (`rolled_back_from`); what was seen
@@ -8,9 +8,12 @@ there stays in anomalies.jsonl, which is only ever appended to.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 from megatron_hgpt.errors import DataError, reason_of
 from megatron_hgpt.files import write_atomic
 from megatron_hgpt.hooks.base import Anomaly, Hook, StepRecord, TrainState, ValidationRecord
+from megatron_hgpt.hooks.tolerance import Tolerance
 
 
 class MetricsHook(Hook):
@@ -31,18 +35,23 @@ class MetricsHook(Hook):
     def __init__(self, *, interval_steps: int = 1) -> None:
         self.interval_steps = interval_steps
         self.summary: dict[str, Any] = {}
-        """The content of summary.json, once it is written."""
+        """The content of summary.json, once the stage has ended."""
         self._start_s = 0.0
         self._rolled_back_from: int | None = None
         self._anomalies: Counter[str] = Counter()
+        self._tolerance = Tolerance()
+        self._last_kept: int | None = None
+        """The step whose later lines are still to be dropped from both files."""
 
     def on_fit_start(self, state: TrainState) -> None:
         """Keep the lines of the steps that are behind the resumed state, drop the others."""
         if not state.is_writer:
             return
-        kept = self._go_back(state)
+        kept = _up_to(state.output_dir / "metrics.jsonl", state.step)
+        self._go_back(state)
         # A finished stage's summary must not outlive a new start of that stage.
-        (state.output_dir / "summary.json").unlink(missing_ok=True)
+        with self._tolerance.writing(state.output_dir / "summary.json"):
+            (state.output_dir / "summary.json").unlink(missing_ok=True)
         self._start_s = time.perf_counter() - (kept[-1].get("elapsed_s", 0.0) if kept else 0.0)
 
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
@@ -53,14 +62,14 @@ class MetricsHook(Hook):
         line = _as_json(state.stage, record, elapsed_s=time.perf_counter() - self._start_s)
         if self._rolled_back_from is not None:
             line["rolled_back_from"], self._rolled_back_from = self._rolled_back_from, None
-        _append(state.output_dir / "metrics.jsonl", line)
+        self._append(state, "metrics.jsonl", line)
 
     def on_anomaly(self, state: TrainState, anomaly: Anomaly) -> None:
         """Append one line to anomalies.jsonl; after a rollback drop the lines of the steps that run again."""
         if not state.is_writer:
             return
         self._anomalies[anomaly.action] += 1
-        _append(state.output_dir / "anomalies.jsonl", {"stage": state.stage, **dataclasses.asdict(anomaly)})
+        self._append(state, "anomalies.jsonl", {"stage": state.stage, **dataclasses.asdict(anomaly)})
         if anomaly.action == "rollback":
             self._go_back(state)
             self._rolled_back_from = anomaly.step
@@ -78,7 +87,7 @@ class MetricsHook(Hook):
             "num_supervised_tokens": record.num_tokens,
             "time_s": round(record.time_s, 3),
         }
-        _append(state.output_dir / "validation.jsonl", _finite(line))
+        self._append(state, "validation.jsonl", _finite(line))
 
     def on_fit_end(self, state: TrainState) -> None:
         """Write summary.json."""
@@ -86,33 +95,66 @@ class MetricsHook(Hook):
             return
         self.summary = summarise_stage(
             state.stage,
-            read_metrics(state.output_dir / "metrics.jsonl"),
+            _up_to(state.output_dir / "metrics.jsonl", state.step),
             num_steps=state.step,
             wall_s=time.perf_counter() - self._start_s,
             validations=read_validations(state.output_dir),
         )
         if self._anomalies:
             self.summary["anomalies"] = dict(self._anomalies)
-        write_atomic(state.output_dir / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        with self._tolerance.writing(state.output_dir / "summary.json"):
+            write_atomic(state.output_dir / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
-    def _go_back(self, state: TrainState) -> list[dict[str, Any]]:
-        """Drop what both files say of steps behind the current one; returns the metrics that stay."""
-        validations = state.output_dir / "validation.jsonl"
-        if validations.exists() and not _drop_steps_after(validations, state.step):
+    def _append(self, state: TrainState, name: str, line: dict[str, Any]) -> None:
+        """Add a line to a file, if it can be written."""
+        with self._tolerance.writing(state.output_dir / name):
+            self._drop_later_steps(state.output_dir)
+            _append(state.output_dir / name, line)
+
+    def _go_back(self, state: TrainState) -> None:
+        """Drop what both files say of steps behind the current one; where that fails, before the next line."""
+        self._last_kept = state.step
+        with self._tolerance.writing(state.output_dir / "metrics.jsonl"):
+            self._drop_later_steps(state.output_dir)
+
+    def _drop_later_steps(self, folder: Path) -> None:
+        if self._last_kept is None:
+            return
+        validations = folder / "validation.jsonl"
+        if validations.exists() and not _drop_steps_after(validations, self._last_kept):
             validations.unlink()
-        return _drop_steps_after(state.output_dir / "metrics.jsonl", state.step)
+        _drop_steps_after(folder / "metrics.jsonl", self._last_kept)
+        self._last_kept = None
+
+
+def _up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of the steps up to `step`; none where there is no file."""
+    return [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
 
 
 def _drop_steps_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the records up to `step`, in the file and as the result."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
+    kept = _up_to(path, step)
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add the whole line, or on a full disk nothing: half of one would spoil the next.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = (json.dumps(line) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def summarise_stage(

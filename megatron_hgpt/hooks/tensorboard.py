@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.hooks.base import Anomaly, Hook, StepRecord, TrainState, ValidationRecord
 from megatron_hgpt.hooks.figures import step_scalars, validation_scalars
+from megatron_hgpt.hooks.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -20,12 +24,14 @@ if TYPE_CHECKING:
 
 class TensorBoardHook(Hook):
     """Scalars every `interval_steps` optimizer steps; after a resume or a rollback TensorBoard hides the
-    steps that run again."""
+    steps that run again. Once its file cannot be written, the rest of the run is without it."""
 
     def __init__(self, *, interval_steps: int = 1) -> None:
         self.interval_steps = interval_steps
         self._writer: SummaryWriter | None = None
         self._open: Callable[[int], SummaryWriter] | None = None
+        self._folder = Path()
+        self._tolerance = Tolerance()
 
     def on_fit_start(self, state: TrainState) -> None:
         """Open the event file and store the resolved configuration.
@@ -42,27 +48,34 @@ class TensorBoardHook(Hook):
                 "logging.tensorboard is true but the tensorboard package is missing: "
                 "pip install tensorboard, or set logging.tensorboard=false"
             ) from error
-        self._open = lambda step: SummaryWriter(str(state.output_dir / "tensorboard"), purge_step=step + 1)
-        self._writer = self._open(state.step)
+        self._folder = state.output_dir / "tensorboard"
+        self._open = lambda step: SummaryWriter(str(self._folder), purge_step=step + 1)
+        _silence_writing_thread()
         text = yaml.safe_dump(asdict(state.config), sort_keys=False)
-        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), state.step)
+        with self._writing():
+            self._writer = self._open(state.step)
+            self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), state.step)
 
     def on_step_end(self, state: TrainState, record: StepRecord) -> None:
         """Losses, learning rates, gradient norm, throughput."""
         if self._writer is None or not state.is_due(self.interval_steps):
             return
-        for tag, value in step_scalars(record).items():
-            self._writer.add_scalar(tag, value, record.step)
+        with self._writing():
+            for tag, value in step_scalars(record).items():
+                self._writer.add_scalar(tag, value, record.step)
 
     def on_anomaly(self, state: TrainState, anomaly: Anomaly) -> None:
         """After a rollback hide the steps that run again, as after a resume."""
         if anomaly.action == "rollback" and self._writer is not None and self._open is not None:
-            self._writer.close()
-            self._writer = self._open(state.step)
+            with self._writing():
+                self._writer.close()
+                self._writer = self._open(state.step)
 
     def on_validation(self, state: TrainState, record: ValidationRecord) -> None:
         """Held-out losses."""
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        with self._writing():
             for tag, value in validation_scalars(record).items():
                 self._writer.add_scalar(tag, value, record.step)
 
@@ -70,15 +83,39 @@ class TensorBoardHook(Hook):
         """Draw `images` at `step`; does nothing on ranks that do not write."""
         if self._writer is None:
             return
-        for tag, image in images:
-            self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        with self._writing():
+            for tag, image in images:
+                self._writer.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def on_fit_end(self, state: TrainState) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with self._writing():
+                self._writer.close()
             self._writer = None
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
         """Keep what was recorded before the error."""
         self.on_fit_end(state)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A block that writes; the writer is given up when it fails, for its thread has ended then."""
+        with self._tolerance.writing(self._folder):
+            try:
+                yield
+            except OSError:
+                self._writer = None
+                raise
+
+
+def _silence_writing_thread() -> None:
+    """What ends TensorBoard's thread is raised again where the next figure is written, and warned of there."""
+    report = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        is_known = type(arguments.thread).__name__ == "_AsyncWriterThread" and issubclass(arguments.exc_type, OSError)
+        if not is_known:
+            report(arguments)
+
+    threading.excepthook = hook

@@ -25,6 +25,7 @@ from megatron_hgpt.exit_status import ExitStatus
 from megatron_hgpt.hooks.base import Hook, Phase, TrainState
 from megatron_hgpt.hooks.beats import Beat, host_name, kill_silent, place_of, process_start, ranks_behind
 from megatron_hgpt.hooks.figures import duration
+from megatron_hgpt.hooks.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from megatron_hgpt.config import TimeoutsConfig
@@ -95,17 +96,18 @@ class WatchdogHook(Hook):
         faulthandler.cancel_dump_traceback_later()
         if self._file is None:
             return
-        self._file.close()
-        self._file = None
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
-            with contextlib.suppress(OSError):  # other ranks' stacks are still in it
+        with contextlib.suppress(OSError):  # other ranks' stacks are still in the folder; the disk is full
+            self._file.close()
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
                 self.path.parent.rmdir()
+        self._file = None
 
     def on_fit_start(self, state: TrainState) -> None:
         """The folder is this run's."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+        with Tolerance().writing(self.path):  # stacks then go to stderr as before
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
         # What was put off last would still go to stderr, should this thread hold Python's lock from now on.
         faulthandler.dump_traceback_later(self.timeouts.step_warning_s, file=self._stacks)
 
@@ -181,8 +183,9 @@ class WatchdogHook(Hook):
 
     def _dump(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        self._stacks.write(f"{time.strftime('%H:%M:%S')} {self._beat(0).describe(self.rank)}\n")
-        self._stacks.flush()
+        with contextlib.suppress(OSError):  # a full disk; the watch goes on
+            self._stacks.write(f"{time.strftime('%H:%M:%S')} {self._beat(0).describe(self.rank)}\n")
+            self._stacks.flush()
         faulthandler.dump_traceback(self._stacks)
 
     def _beat(self, number: int) -> Beat:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def fit(
     trainer_log = logging.getLogger("megatron_hgpt.trainer")
     trainer_log.addHandler(handler)
     trainer_log.setLevel(logging.INFO)
+    logging.getLogger("megatron_hgpt.checkpoint.choice").addHandler(handler)
     context = distributed.initialize(parallel, seed=1)
     settings = {"num_steps": NUM_STEPS, "precision": "fp32", "micro_batch_size": 2, "global_batch_size": 8}
     config = tiny_config(
@@ -211,20 +213,30 @@ def test_a_policy_or_a_limit_ends_the_run(
         assert math.isfinite(result["final"])
     folders = sorted((tmp_path / "checkpoints").glob("step_*"))
     healthy = {int(f.name[5:]): json.loads((f / "healthgpt.json").read_text())["is_healthy"] for f in folders}
-    assert max(healthy) == last and all(is_healthy == (step <= 2) for step, is_healthy in healthy.items())
-    assert 2 in healthy, "keep_last=2, and the newest healthy one stays beside two of steps left out"
+    assert max(healthy) == last and all(healthy.values()), "an update that is left out moves no weight"
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_an_ordinary_step(backbone: Path, tmp_path: Path) -> None:
-    """The newest one was saved at step 4, whose update was left out; a folder with such alone is not begun anew."""
+def test_a_run_goes_on_from_a_checkpoint_whose_last_update_was_left_out(backbone: Path, tmp_path: Path) -> None:
     (first,) = run_ranks(fit, 1, backbone, tmp_path, (3,), AnomalyConfig(), {"training": {"num_steps": 4}})
     assert first["lines"][0].endswith("its update is left out")
     (second,) = run_ranks(fit, 1, backbone, tmp_path, (), AnomalyConfig(), {})
-    assert second["lines"][0].startswith(f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'}: 2 of 6 steps")
-    only = {"training": {"num_steps": 1}}
-    run_ranks(fit, 1, backbone, tmp_path / "only", (0,), AnomalyConfig(), only)
-    (third,) = run_ranks(fit, 1, backbone, tmp_path / "only", (), AnomalyConfig(), {"training": {"num_steps": 2}})
-    assert "step_00000001: 1 of 2 steps are done" in third["lines"][0]
+    assert second["lines"][0].startswith(f"resumed from {tmp_path / 'checkpoints' / 'step_00000004'}: 4 of 6 steps")
+
+
+def test_a_checkpoint_right_after_a_spike_gives_way(backbone: Path, tmp_path: Path) -> None:
+    """That of step 21; a folder with such alone is not begun anew."""
+    options = {"loader": Learnt, "save_interval": 20, "training": {"num_steps": 21}}
+    anomaly = AnomalyConfig(spike_factor=1.5)
+    run_ranks(fit, 1, backbone, tmp_path, (20,), anomaly, options)
+    folder = tmp_path / "checkpoints"
+    later = {**options, "training": {"num_steps": 22}}
+    shutil.copytree(folder / "step_00000021", tmp_path / "only" / "checkpoints" / "step_00000021")
+    (second,) = run_ranks(fit, 1, backbone, tmp_path, (), anomaly, later)
+    said = f"{folder / 'step_00000021'} was saved right after a loss spike: {folder / 'step_00000020'} is used instead"
+    assert said in second["lines"]
+    assert any(line.startswith(f"resumed from {folder / 'step_00000020'}: 20 of 22") for line in second["lines"])
+    (third,) = run_ranks(fit, 1, backbone, tmp_path / "only", (), anomaly, later)
+    assert "step_00000021: 21 of 22 steps are done" in third["lines"][0]
 
 
 def test_without_a_checkpoint_a_rollback_leaves_the_update_out(backbone: Path, tmp_path: Path) -> None:

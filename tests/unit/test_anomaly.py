@@ -73,4 +73,16 @@ def test_nothing_is_compared_before_there_is_something_to_compare_with() -> None
 def test_a_norm_that_overflows_over_all_ranks_is_not_finite() -> None:
     guard = AnomalyGuard(AnomalyConfig(), CONTEXT)
     anomaly = guard.settle(3, float("inf"), None)
-    assert anomaly is not None and (anomaly.kind, anomaly.action, guard.is_healthy) == ("not_finite", "skip", False)
+    assert anomaly is not None and (anomaly.kind, anomaly.action) == ("not_finite", "skip")
+
+
+def test_an_update_that_is_left_out_leaves_health_as_it_was() -> None:
+    guard = AnomalyGuard(AnomalyConfig(), CONTEXT)
+    guard.settle(3, float("inf"), None)
+    assert guard.is_healthy, "no weight moved"
+    spike = Anomaly(step=4, kind="spike", action="warn", text="")
+    guard.settle(4, 1.0, spike)
+    guard.settle(5, float("inf"), None)
+    assert not guard.is_healthy, "the weights are still those that the spike moved"
+    guard.settle(6, 1.0, None)
+    assert guard.is_healthy

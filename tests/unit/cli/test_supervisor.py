@@ -20,9 +20,10 @@ import json, os, pathlib, signal, sys, time
 rank, folder = os.environ["RANK"], pathlib.Path.cwd()
 count = len(list(folder.glob(f"started_{rank}_*")))
 (folder / f"started_{rank}_{count}").touch()
-status, step = json.loads((folder / "script.json").read_text())[rank][count]
+status, step, *delay_s = json.loads((folder / "script.json").read_text())[rank][count]
 if step:
     (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+time.sleep(sum(delay_s))
 os.kill(os.getpid(), -status) if status < 0 else os._exit(status)
 """
 
@@ -42,7 +43,8 @@ for case in sys.argv[2:]:
 """
 
 CASES = {
-    # name: (per rank (exit status, step of a checkpoint that it leaves) of each start, status, starts)
+    # name: (per rank (exit status, step of a checkpoint that it leaves, seconds until it ends) of each start, status,
+    # starts)
     "finished": ([[(0, 0)], [(0, 0)]], 0, 1),
     "a mistake": ([[(2, 0)], [(0, 0)]], 2, 1),
     "diverged": ([[(3, 0)], [(3, 0)]], 3, 1),
@@ -52,6 +54,7 @@ CASES = {
     "killed": ([[(0, 0), (0, 0)], [(-9, 0), (0, 0)]], 0, 2),
     "a mistake that a kill caused": ([[(2, 0), (0, 0)], [(-9, 0), (0, 0)]], 0, 2),
     "a mistake whose peer fails for want of it": ([[(2, 0)], [(1, 0)]], 2, 1),
+    "a mistake that is said after its peer failed": ([[(2, 0, 1.5)], [(1, 0)]], 2, 1),
     "always": ([[(1, 0)] * 3, [(1, 0)] * 3], 1, 3),
     "always killed": ([[(-9, 0)] * 3, [(-9, 0)] * 3], 137, 3),
     "with progress": ([[(1, n) for n in (1, 2, 3, 4)] + [(0, 0)], [(1, 0)] * 4 + [(0, 0)]], 0, 5),
@@ -85,7 +88,7 @@ def test_what_is_started_again(name: str, launched: tuple[Path, str]) -> None:
 def test_what_is_said(launched: tuple[Path, str]) -> None:
     text = launched[1]
     assert "rank 1 was killed by SIGKILL; starting again from the beginning in 0 s (1 of 2)" in text
-    assert "rank 0 was ended by timeouts.step_limit_s (exit status 75); starting again" in text
+    assert "rank 0 was ended by the trainer (a hang, exit status 75); starting again" in text
     assert "rank 0 failed (exit status 1); starting again from step_00000004 in 0 s (1 of 2)" in text
     end = "2 restarts in a row brought no newer checkpoint (launch.max_restarts); start again to resume"
     assert f"rank 0 failed (exit status 1); {end}" in text

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_hgpt.checkpoint import SavedCheckpoint
 from megatron_hgpt.hooks.console import ConsoleHook
-from megatron_hgpt.hooks.figures import duration, file_size, losses
+from megatron_hgpt.hooks.figures import duration, losses
 from megatron_hgpt.hooks.metrics import MetricsHook
+from megatron_hgpt.rounding import file_size
 
 
 @pytest.fixture
