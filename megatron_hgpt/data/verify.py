@@ -26,7 +26,9 @@ def verify_dataset(folder: Path) -> int:
 
 def feature_caches(folder: Path) -> list[Path]:
     """The feature caches in a dataset's folder."""
-    return [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))] if (folder / MANIFEST).is_file() else []
+    return (
+        [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))] if (folder / MANIFEST).is_file() else []
+    )
 
 
 def verify_cache(folder: Path) -> int:
