@@ -58,7 +58,11 @@ def verify_checkpoint(folder: Path) -> bool:
     Raises:
         CheckpointError: it is no checkpoint, or is damaged.
     """
-    info = read_info(folder)
+    remedy = "put an intact copy back"
+    try:
+        info = read_info(folder)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("use another checkpoint", remedy)) from error
     if problem := wrong_sizes(folder, info) or wrong_content(folder, info, info["files"]):
-        raise CheckpointError(f"{folder} is damaged: {problem}; use another checkpoint")
+        raise CheckpointError(f"the checkpoint is damaged: {problem}; {remedy}")
     return bool(info["files"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hgpt.cli import frame
+from megatron_hgpt.errors import HealthGPTError
 
 HELP = "compare every file of datasets and checkpoints with its checksum"
 EXAMPLES = """
@@ -16,7 +17,8 @@ hgpt verify runs/my_run
 NOTES = """
 Reads everything. Training compares a checkpoint before it goes on from it, a dataset's indices when it opens the
 folder and each sample when it reads it, so this is for after a copy, or to find the file when a sample was reported as
-changed. Of a run's folder it compares all checkpoints. A damaged folder ends it with exit status 2.
+changed. Of a run's folder it compares all checkpoints. It goes through all folders, says a line for each, the damaged
+ones on stderr, and then ends with exit status 2 if there was one.
 """
 
 
@@ -25,29 +27,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of datasets, checkpoints or runs")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Say a line for each folder that is as it was written, in order; the first that is not stops it."""
+def run(arguments: argparse.Namespace) -> int:
+    """Say a line for each folder, in order, on stderr for those that are not as they were written."""
     for folder in arguments.folders:
         frame.require_folder(folder, "the argument")
+    status = 0
     for folder in arguments.folders:
-        for line in _lines(folder):
-            frame.write(line)
+        for path, verify in _parts(folder):
+            try:
+                frame.write(f"{path}: {verify(path)}")
+            except HealthGPTError as error:
+                status = frame.report_error(error, verbose=arguments.verbose)
+    return status
 
 
-def _lines(folder: Path) -> Iterator[str]:
-    """One line for each dataset, feature cache and checkpoint in a folder.
-
-    Raises:
-        DataError, CheckpointError: it is none of these, or a file is missing, cut or changed.
-    """
+def _parts(folder: Path) -> list[tuple[Path, Callable[[Path], str]]]:
+    """The checkpoints in a folder, or the dataset that it is and its feature caches, and what compares each."""
     from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders
-    from megatron_hgpt.checkpoint.integrity import verify_checkpoint
-    from megatron_hgpt.data.verify import verify_dataset
+    from megatron_hgpt.data.verify import feature_caches
 
     is_checkpoint = (folder / INFO).is_file() or folder.name.startswith("step_")
     checkpoints = [folder] if is_checkpoint else checkpoint_folders(folder) + checkpoint_folders(folder / "checkpoints")
-    for checkpoint in checkpoints:
-        has_checksums = verify_checkpoint(checkpoint)
-        yield f"{checkpoint}: {'as it was written' if has_checksums else 'of an earlier version, without checksums'}"
-    for path, num_bytes in verify_dataset(folder) if not checkpoints else ():
-        yield f"{path}: as it was written, {num_bytes / 2**20:.1f} MiB"
+    if checkpoints:
+        return [(checkpoint, _checkpoint) for checkpoint in checkpoints]
+    return [(folder, _dataset), *((cache, _cache) for cache in feature_caches(folder))]
+
+
+def _checkpoint(folder: Path) -> str:
+    from megatron_hgpt.checkpoint.integrity import verify_checkpoint
+
+    return "as it was written" if verify_checkpoint(folder) else "of an earlier version, without checksums"
+
+
+def _dataset(folder: Path) -> str:
+    from megatron_hgpt.data.verify import verify_dataset
+
+    return _written(verify_dataset(folder))
+
+
+def _cache(folder: Path) -> str:
+    from megatron_hgpt.data.verify import verify_cache
+
+    return _written(verify_cache(folder))
+
+
+def _written(num_bytes: int) -> str:
+    return f"as it was written, {num_bytes / 2**20:.1f} MiB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hgpt.data.feature_cache import read_cache_manifest
@@ -10,8 +9,8 @@ from megatron_hgpt.data.mmap_format import MANIFEST, DatasetReader
 from megatron_hgpt.errors import DataError, SkipSample
 
 
-def verify_dataset(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Compare all files with their checksums; each folder that is right, the dataset first, with its bytes.
+def verify_dataset(folder: Path) -> int:
+    """Compare all files of a dataset, but not of its caches, with their checksums; returns their bytes.
 
     Raises:
         DataError: it is no dataset, or a file is missing, cut or changed.
@@ -22,6 +21,16 @@ def verify_dataset(folder: Path) -> Iterator[tuple[Path, int]]:
             reader.check(index, reader.images(index))
         except SkipSample as error:
             raise DataError(error.detail) from error
-    yield folder, sum(entry["bytes"] for entry in reader.manifest["files"].values())
-    for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
-        yield manifest.parent, sum(read_cache_manifest(manifest.parent, verify_checksums=True)["files"].values())
+    return sum(entry["bytes"] for entry in reader.manifest["files"].values())
+
+
+def feature_caches(folder: Path) -> list[Path]:
+    """The feature caches in a dataset's folder."""
+    return (
+        [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))] if (folder / MANIFEST).is_file() else []
+    )
+
+
+def verify_cache(folder: Path) -> int:
+    """As `verify_dataset`, for a feature cache."""
+    return sum(read_cache_manifest(folder, verify_checksums=True)["files"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,8 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_hgpt.exit_status import ExitStatus
 from tests.drills.processes import TimeIsUpError, wait_for
 from tests.drills.sequence import END_S, START_S, Drill, Try, last_line
+
+NOT_SAID, TRACEBACK = "not said", "traceback"
+ENDED_BY_LIMIT = r"exit status 75|\bSIGKILL\b|signal 9\b"
 
 
 class KillAll(Drill):
@@ -56,6 +61,10 @@ class KillRank(Drill):
         if ranks := self.run.ranks():
             self.run.signal(signal.SIGKILL, [self.rng.choice(sorted(ranks.values()))])
 
+    def check(self, attempt: Try, newest: int) -> None:
+        super().check(attempt, newest)
+        attempt.require(attempt.is_unattended, "not started again by the launcher")
+
 
 class KillLauncher(Drill):
     """SIGKILL of the launcher alone; the ranks end with it."""
@@ -86,9 +95,10 @@ class Terminate(Drill):
 
     def check(self, attempt: Try, newest: int) -> None:
         super().check(attempt, newest)
-        if attempt.steps_lost:
-            attempt.survived = False
-            attempt.notes.append(f"not saved: {attempt.steps_lost} steps lost")
+        attempt.require(not attempt.steps_lost, f"not saved: {attempt.steps_lost} steps lost")
+        # torchrun's own is 1 whatever its processes say; before it listens to signals, one kills it as any program.
+        expected = {143} if self.way != "torchrun" else {1, 143} if attempt.in_start else {1}
+        attempt.require(attempt.status in expected, f"ended with status {attempt.status}, not {expected}")
 
 
 class TerminateTorchrun(Terminate):
@@ -103,6 +113,10 @@ class TerminateSlurm(Terminate):
 
     name = "SIGTERM from Slurm"
     way = "slurm"
+
+    def check(self, attempt: Try, newest: int) -> None:
+        super().check(attempt, newest)
+        attempt.require(self.run.requeues() == 0, "queued itself again, though Slurm does that to what it preempts")
 
 
 class Hang(Drill):
@@ -133,7 +147,11 @@ class Hang(Drill):
 
     def check(self, attempt: Try, newest: int) -> None:
         super().check(attempt, newest)
-        attempt.survived &= attempt.named_s is not None and attempt.ended_s is not None
+        attempt.require(attempt.named_s is not None, "its rank was not named")
+        attempt.require(attempt.ended_s is not None, "not ended by the limit")
+        attempt.require(attempt.is_unattended, "not started again by the launcher")
+        how = re.search(ENDED_BY_LIMIT, self.run.text())
+        attempt.require(how is not None, "no exit status 75 and no kill in the log")
 
 
 class Damage(KillAll):
@@ -231,36 +249,59 @@ class DiskFull(Drill):
 
     name = "full disk"
     tries = 5
+    size = "16m"
+    said = re.compile("intact")
+
+    @property
+    def disk(self) -> Path:
+        return self.run.checkpoints
 
     def prepare(self) -> None:
-        self.run.checkpoints.mkdir(parents=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(self.run.checkpoints)], check=True)
+        self.disk.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", str(self.disk)], check=True)
 
     def clean(self) -> None:
-        subprocess.run(["umount", "--lazy", str(self.run.checkpoints)], check=False)
+        subprocess.run(["umount", "--lazy", str(self.disk)], check=False)
 
     def wait(self) -> None:
         self.wait_for_steps(self.rng.randint(11, 25))
 
     def strike(self, attempt: Try) -> None:
-        ballast = self.run.checkpoints / "ballast"
-        try:
-            with open(ballast, "wb", buffering=0) as file:
-                while file.write(bytes(65536)) == 65536:
-                    pass
-        except OSError:
-            pass
-        wait_for(self.run.is_over, END_S, "end on a full disk")
+        ballast = self.disk / "ballast"
+        with open(ballast, "wb", buffering=0) as file:
+
+            def is_over() -> bool:
+                """The room that a failed save gives back is taken too."""
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(65536)) == 65536:
+                        pass
+                return self.run.is_over()
+
+            wait_for(is_over, END_S, "end on a full disk")
         ballast.unlink()
         text = self.run.text()
+        said = [line for line in text.splitlines() if str(self.disk) in line and self.said.search(line)]
+        attempt.notes.append(said[-1][:200] if said else f"{NOT_SAID}: {last_line(text)}")
         if "Traceback" in text:
-            attempt.notes.append("traceback")
-        said = [line for line in text.splitlines() if str(self.run.checkpoints) in line and "intact" in line]
-        attempt.notes.append(said[-1][:200] if said else f"not said: {last_line(text)}")
+            attempt.notes.append(TRACEBACK)
 
     def check(self, attempt: Try, newest: int) -> None:
         super().check(attempt, newest)
-        attempt.survived &= "traceback" not in attempt.notes
+        attempt.survived &= TRACEBACK not in attempt.notes
+        attempt.survived &= not any(note.startswith(NOT_SAID) for note in attempt.notes)
+        attempt.require(attempt.status == ExitStatus.USER_ERROR, f"ended with status {attempt.status}, not 2")
+
+
+class OutputFull(DiskFull):
+    """The file system of the whole output folder: figures, configuration and stacks have no room either."""
+
+    name = "full output_dir"
+    size = "24m"
+    said = re.compile("intact|No space left")
+
+    @property
+    def disk(self) -> Path:
+        return self.run.output
 
 
 def can_mount(folder: Path) -> bool:
@@ -274,6 +315,6 @@ KINDS: dict[str, type[Drill]] = {
     kind.name: kind
     for kind in (
         KillAll, KillRank, KillLauncher, KillInSave, Terminate, TerminateTorchrun, TerminateSlurm, Hang, Damage, Pickle,
-        DiskFull,
+        DiskFull, OutputFull,
     )
 }  # fmt: skip

@@ -111,7 +111,7 @@ class LostNode(Drill):
 
     def check(self, attempt: Try, newest: int) -> None:
         super().check(attempt, newest)
-        attempt.survived &= attempt.is_unattended
+        attempt.require(attempt.is_unattended, "the launcher of the first node did not go on")
 
 
 class ElasticNodes(Nodes):

@@ -157,9 +157,15 @@ class Run:
         return {
             **self.environment(), "PATH": f"{commands}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "1", "SLURM_RESTART_COUNT": "0",
+            "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_RESTART_COUNT": str(self.requeues()),
             "NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port()),
         }  # fmt: skip
+
+    def requeues(self) -> int:
+        """How often the job queued itself again; the next start is told so, as Slurm tells it."""
+        requeued = self.folder / "slurm" / "requeued"
+        return len(requeued.read_text().splitlines()) if requeued.exists() else 0
 
     # What is there
 

@@ -23,7 +23,7 @@ from tests.drills.kinds import KINDS, DiskFull, can_mount
 from tests.drills.nodes import LostNode, ShrunkRun, can_make_namespaces, unfit
 from tests.drills.processes import LAYOUTS
 from tests.drills.sequence import Drill, World
-from tests.drills.table import failures, table
+from tests.drills.table import failures, heading, table
 
 ALL: dict[str, type[Drill]] = {**KINDS, LostNode.name: LostNode, ShrunkRun.name: ShrunkRun}
 SAVES = ("sync", "async")
@@ -66,9 +66,9 @@ def play(given: argparse.Namespace, folder: Path) -> int:
     if importlib.util.find_spec("deepspeed") is None and LAYOUTS["deepspeed"] in layouts:
         say("deepspeed is not installed: its layout is left out")
         layouts.remove(LAYOUTS["deepspeed"])
-    if DiskFull in kinds and not can_mount(folder / "mount"):
-        say("a tmpfs cannot be mounted here: the full disk is left out")
-        kinds.remove(DiskFull)
+    if (disks := [kind for kind in kinds if issubclass(kind, DiskFull)]) and not can_mount(folder / "mount"):
+        say("a tmpfs cannot be mounted here: full disks are left out")
+        kinds = [kind for kind in kinds if kind not in disks]
     if (nodes := [kind for kind in kinds if issubclass(kind, LostNode)]) and not can_make_namespaces():
         say("network namespaces cannot be made here: the lost node is left out")
         kinds = [kind for kind in kinds if kind not in nodes]
@@ -90,10 +90,11 @@ def play(given: argparse.Namespace, folder: Path) -> int:
                     say(f"{time.monotonic() - started:6.0f} s  {dataclasses.asdict(attempt)}")
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "tries.jsonl").write_text("".join(json.dumps(dataclasses.asdict(a)) + "\n" for a in tries))
-    text = f"{table(tries, lambda a: (a.kind, 'all'))}\n\n{table(tries, lambda a: (a.layout, a.save))}\n"
+    text = f"{heading(given.seed)}\n\n{table(tries, lambda a: (a.kind, 'all'))}\n\n"
+    text += f"{table(tries, lambda a: (a.layout, a.save))}\n"
     bad = failures(tries)
     text += "".join(f"\n* {line}" for line in bad) or "\nNothing was lost."
-    text += f"\n\nseed {given.seed}, {len(tries)} tries in {time.monotonic() - started:.0f} s"
+    text += f"\n\n{len(tries)} tries in {time.monotonic() - started:.0f} s"
     (given.output / "table.md").write_text(text + "\n")
     say(text)
     return 1 if bad else 0

@@ -16,7 +16,7 @@ from tests.drills.weights import digest
 SAVE_EVERY = 10
 START_S, END_S, ORPHAN_S = 180.0, 90.0, 5.0
 """Seconds at most from a start to its first step, from a signal to the end, and from a death to that of all others."""
-QUICK = ("launch.restart_backoff_s=0.2",)
+QUICK = ("launch.restart_backoff_s=0.2", "launch.max_restarts=10")  # strikes follow each other without progress
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -45,7 +45,15 @@ class Try:
     leftovers: list[str] = dataclasses.field(default_factory=list)
     is_equal: bool | None = None
     """Whether the run ended with the bits of an uninterrupted one; None where that is not to be expected."""
+    in_start: bool = False
+    """The strike fell before the first step of its start."""
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def require(self, is_so: bool, otherwise: str) -> None:
+        """Not survived, and why, unless it is so."""
+        if not is_so:
+            self.survived = False
+            self.notes.append(otherwise)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -190,6 +198,7 @@ class Drill:
         self.strike(attempt)
         self._until_over_or_begun(attempt)
         last = last_step(before, run.text())
+        attempt.in_start = last is None
         if run.is_over():
             attempt.status = run.status()
             self._clear(attempt)

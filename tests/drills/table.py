@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from tests.drills.sequence import Try
@@ -48,6 +53,15 @@ def table(tries: Sequence[Try], by: Callable[[Try], tuple[str, str]]) -> str:
     if len(groups) > 1:
         rows.append(_row(("all", ""), tries))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def heading(seed: int) -> str:
+    """When, from which seed and source, and on what kind of machine; its name is nobody's business."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return f"{time.strftime('%Y-%m-%d')}, seed {seed}, commit {git.stdout.strip() or 'unknown'}, {machine}"
 
 
 def failures(tries: Sequence[Try]) -> list[str]:

@@ -135,7 +135,8 @@ def test_a_planted_object_in_the_map_is_refused_by_every_command(finished: Path,
     root = plant(finished, tmp_path / "c", in_metadata, is_old=False)
     processes = commands(root)
     for name, (status, output) in zip(processes, finish(*processes.values()), strict=True):
-        assert status != 0, name
+        assert status == 2, (name, output)
+        assert "starting again" not in output, name
         assert "names posix.mkdir, which no checkpoint needs" in output, (name, output)
     assert not (root / "ran").exists()
     # The trap is one: torch's own reader makes the folder.
@@ -156,6 +157,6 @@ def test_a_planted_common_pt_of_format_2_is_never_read(finished: Path, tmp_path:
 def test_planted_random_states_of_format_2_are_refused(finished: Path, tmp_path: Path) -> None:
     root = plant(finished, tmp_path / "c", lambda root, trap: plant_in_object(root / STEP, trap), is_old=True)
     ((status, output),) = finish(train(root, "training.num_steps=2"))
-    assert status != 0
+    assert status == 2 and "starting again" not in output, output
     assert "trap.distcp is damaged: " in output and "use another checkpoint" in output
     assert not (root / "ran").exists()

@@ -64,15 +64,7 @@ def absurd(kind: Any) -> Iterator[str]:
     (option,) = (option for option in options if option is not type(None))
     plain, limits = bounds(option)
     container = typing.get_origin(plain) or plain
-    table = {
-        int: (*NO_NUMBER, *NO_INT),
-        float: NO_NUMBER,
-        bool: NO_TRUTH,
-        str: NO_TEXT,
-        list: NO_LIST,
-        dict: NO_MAPPING,
-    }
-    yield from table.get(container, NO_CHOICE)
+    yield from ABSURD.get(container, NO_CHOICE)
     for limit in limits:
         yield from map(str, _edges(limit, 1 if plain is int else 1e-6))
 

@@ -126,7 +126,7 @@ def run(
         common = {"tokenizer": sentencepiece, "vocabulary": vocabulary, "vqgan": FakeVQGAN()}
         item = Input(path=path, image_root=folder)
         manifest = preprocess([item], folder / "data", options=settings, **common)  # type: ignore[arg-type]
-        assert len(list(verify_dataset(folder / "data"))) == 1
+        assert verify_dataset(folder / "data") > 0
         hashes = {"tokenizer_hash": sentencepiece.hash, "template": "phi3_instruct"}
         dataset = VLDataset(folder / "data", vocabulary=vocabulary, **hashes)  # type: ignore[arg-type]
         assert len([dataset[i] for i in range(len(dataset))]) == manifest["counts"]["samples"]

@@ -117,6 +117,16 @@ def test_verify_says_what_is_right(dataset: Path, capsys: pytest.CaptureFixture[
     assert "is not a dataset folder" in capsys.readouterr().err
 
 
+def test_verify_goes_on_behind_a_damaged_folder(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(dataset, dataset.parent / "other")
+    flip(dataset / "tokens.bin", 0.5)
+    assert main(["verify", str(dataset), str(other)]) == 2
+    out, err = capsys.readouterr()
+    right = [line.split(": as it was written, ")[0] for line in out.splitlines()]
+    assert right == [str(dataset / "features"), str(other), str(other / "features")]
+    assert err.count("\n") == 1 and err.startswith("DataError: ") and "tokens.bin" in err
+
+
 def test_a_cache_of_changed_pictures_is_not_written(dataset: Path) -> None:
     shutil.rmtree(dataset / "features")
     flip(dataset / "images.bin", 0.5)
