@@ -50,6 +50,12 @@ def restart_count_from_environment() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
+def is_started_again() -> bool:
+    """Whether torchrun or Slurm started this run before, by the same command."""
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count.isdecimal() and int(count) > 0 for count in counts)
+
+
 def write_error_file(message: str) -> None:
     """Leave the message that torchrun repeats at the end of its report on this process; nothing without torchrun."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
