@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -61,6 +62,16 @@ def write_error_file(message: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def error_messages_of_this_machine() -> list[str]:
+    """What the processes of this machine have left by `write_error_file`; nothing without torchrun."""
+    messages = []
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        for file in Path(path).parent.parent.glob(f"*/{Path(path).name}"):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                messages.append(str(json.loads(file.read_text(encoding="utf-8"))["message"]["message"]))
+    return messages
 
 
 def environment_with(variables: Mapping[str, str]) -> dict[str, str]:

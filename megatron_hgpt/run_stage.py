@@ -150,7 +150,9 @@ def _own_folders(config: RunConfig, context: DistributedContext, owned: contextl
     if context.is_writer:
         named = config.checkpoint.directory
         try:
-            for folder in [Path(config.output_dir), *([] if named is None else [Path(named)])]:
+            for folder in dict.fromkeys(
+                Path(name).resolve() for name in (config.output_dir, named) if name is not None
+            ):
                 owned.enter_context(FolderOwner(folder))
         except ConfigError as error:
             refusal = [str(error)]
