@@ -14,6 +14,7 @@ import pytest
 from megatron_hgpt.checkpoint.description import publication_of
 from megatron_hgpt.cli.supervisor import Patience, in_words
 from megatron_hgpt.config import LaunchConfig
+from megatron_hgpt.testing.distributed import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -107,6 +108,67 @@ def test_what_is_said(launched: tuple[Path, str]) -> None:
     end = "2 restarts in a row brought no newer checkpoint (launch.max_restarts); start again to resume"
     assert f"rank 0 failed (exit status 1); {end}" in text
     assert "Traceback" not in text and "torch.distributed" not in text
+
+
+NODE = """
+import os, sys
+from megatron_hgpt.cli.frame import configure_logging
+from megatron_hgpt.cli.processes import run_processes
+from megatron_hgpt.config import LaunchConfig, RunConfig
+from megatron_hgpt.environment import Nodes
+configure_logging(20)
+os.environ["PYTHONPATH"] = ""
+os.chdir(sys.argv[3])
+rank, port = map(int, sys.argv[1:3])
+nodes = Nodes(num_nodes=2, min_nodes=2, node_rank=rank, master_addr="127.0.0.1", master_port=port)
+sys.exit(run_processes(1, nodes, [], RunConfig(output_dir=".", launch=LaunchConfig(max_restarts=2))))
+"""
+
+
+def test_a_node_at_work_hears_that_another_ended_for_good(tmp_path: Path) -> None:
+    """Its own process would wait for the others until a time limit."""
+    package = tmp_path / "megatron_hgpt"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    script = (
+        "import os, pathlib, time\nrank = os.environ['RANK']\npathlib.Path('started_' + rank).touch()\n"
+        "while not pathlib.Path('started_1').exists(): time.sleep(0.05)\n"
+        "time.sleep(300 if rank == '1' else 1)\nos._exit(3)\n"
+    )
+    (package / "__main__.py").write_text(script)
+    environment, port = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, str(free_port())
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", NODE, str(rank), port, str(tmp_path)], env=environment, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [node.communicate(timeout=90)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [3, 3], said
+    assert "".join(said).count("another node has ended the run, and says why") == 1, said
+    assert "Traceback" not in "".join(said) and "starting again" not in "".join(said)
+
+
+def test_a_signal_between_two_starts_is_a_line(tmp_path: Path) -> None:
+    """While no process runs there is nothing to save, and nothing to ask."""
+    wait = f"""
+import signal, os, torch.distributed.elastic.multiprocessing.api as api
+from megatron_hgpt.cli import processes
+from megatron_hgpt.config import RunConfig
+from megatron_hgpt.environment import Nodes
+signal.signal(signal.SIGTERM, api._terminate_process_handler)
+processes._supervise = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+print(processes.run_processes(1, Nodes(), [], RunConfig(output_dir={str(tmp_path)!r})))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", wait], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "143\n" and "stopped by signal 15 between two starts" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_patience_waits_twice_as_long_each_time_and_begins_anew_with_progress(tmp_path: Path) -> None:
