@@ -41,6 +41,16 @@ def started_by_an_elastic_launcher() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def name_launcher() -> None:
+    """Tell the processes that this one starts its pid."""
+    os.environ["HGPT_LAUNCHER_PID"] = str(os.getpid())
+
+
+def launcher_from_environment() -> int | None:
+    """Pid of the ``hgpt train`` that started this process; None where another launcher did."""
+    return _count("HGPT_LAUNCHER_PID", at_most=2**22)
+
+
 def started_by_ft_launcher() -> bool:
     """Whether ft_launcher of nvidia-resiliency-ext started this process and waits for its heartbeats."""
     return "FT_RANK_MONITOR_IPC_SOCKET" in os.environ

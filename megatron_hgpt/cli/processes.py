@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hgpt.batching import replica_size
 from megatron_hgpt.config import ParallelConfig, RunConfig
-from megatron_hgpt.environment import Nodes, share_cores
+from megatron_hgpt.environment import Nodes, name_launcher, share_cores
 from megatron_hgpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def run_processes(processes: int, nodes: Nodes, command: Sequence[str], config: 
     meeting = meeting_point(nodes, config.timeouts.start_s)
     patience = Patience(config.launch, Path(config.checkpoint.directory or Path(config.output_dir) / "checkpoints"))
     share_cores(processes)
+    name_launcher()
     if not config.checkpoint.resume:
         # This process has seen that the folder is new. What it starts again finds the run's own checkpoints.
         command = [*command, "checkpoint.resume=true"]
