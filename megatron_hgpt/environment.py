@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -40,6 +41,16 @@ def started_by_an_elastic_launcher() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def name_launcher() -> None:
+    """Tell the processes that this one starts its pid."""
+    os.environ["HGPT_LAUNCHER_PID"] = str(os.getpid())
+
+
+def launcher_from_environment() -> int | None:
+    """Pid of the ``hgpt train`` that started this process; None where another launcher did."""
+    return _count("HGPT_LAUNCHER_PID", at_most=2**22)
+
+
 def started_by_ft_launcher() -> bool:
     """Whether ft_launcher of nvidia-resiliency-ext started this process and waits for its heartbeats."""
     return "FT_RANK_MONITOR_IPC_SOCKET" in os.environ
@@ -50,11 +61,27 @@ def restart_count_from_environment() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
+def is_started_again() -> bool:
+    """Whether torchrun or Slurm started this run before, by the same command."""
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count.isdecimal() and int(count) > 0 for count in counts)
+
+
 def write_error_file(message: str) -> None:
     """Leave the message that torchrun repeats at the end of its report on this process; nothing without torchrun."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def error_messages_of_this_machine() -> list[str]:
+    """What the processes of this machine have left by `write_error_file`; nothing without torchrun."""
+    messages = []
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        for file in Path(path).parent.parent.glob(f"*/{Path(path).name}"):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                messages.append(str(json.loads(file.read_text(encoding="utf-8"))["message"]["message"]))
+    return messages
 
 
 def environment_with(variables: Mapping[str, str]) -> dict[str, str]:

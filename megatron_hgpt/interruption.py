@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_hgpt.distributed import DistributedContext
-from megatron_hgpt.environment import started_by_an_elastic_launcher
+from megatron_hgpt.environment import launcher_from_environment, started_by_an_elastic_launcher
 
 _SECOND_CTRL_C_S = 1.0
 """Seconds after the first signal from which on Ctrl-C means: at once. Launchers and clusters repeat theirs earlier."""
@@ -75,7 +75,7 @@ def die_with_launcher() -> None:
     """
     if not (started_by_an_elastic_launcher() and sys.platform == "linux"):
         return
-    launcher = os.getppid()
+    launcher = launcher_from_environment() or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher:  # it ended in between
+    if os.getppid() != launcher:  # it ended before
         os.kill(os.getpid(), signal.SIGKILL)

@@ -24,6 +24,8 @@ BEAT_S = 5.0
 """Seconds between the owner's touches of its file, which machines see that do not share flock(2)."""
 DEAD_AFTER_S = 30.0
 """Seconds without one after which an owner on another machine counts as dead."""
+LEASE_S = 120.0
+"""Seconds for a file server to give up the lock of a machine that is lost; NFS has 90."""
 PATIENCE_S = 15.0
 """Seconds that a live owner is waited for: a run that was just told to stop is still ending."""
 
@@ -59,10 +61,10 @@ class FolderOwner:
                 moved_s = now_s
             before = beat
             is_alive = self._is_refused and owner.get("machine") == _machine()
-            if not is_alive and now_s > moved_s + DEAD_AFTER_S:
+            if not self._is_refused and now_s > moved_s + DEAD_AFTER_S:
                 self._say_taken_over(owner)
                 self.path.unlink(missing_ok=True)  # the next try is on a new file, whose lock nobody has
-            elif now_s > since_s + PATIENCE_S and (is_alive or moved_s > since_s):
+            elif now_s > since_s + (PATIENCE_S if is_alive or moved_s > since_s else LEASE_S):
                 raise ConfigError(
                     f"{self.path.parent} belongs to a run that is alive: {_in_words(owner)}. "
                     "Stop that one, or give this run another output_dir"
@@ -129,7 +131,8 @@ class FolderOwner:
         """Show that the owner lives; one that was taken for dead ends, for another writes where it would."""
         while not self._end.wait(BEAT_S):
             with contextlib.suppress(OSError):
-                if not self._is_ours():
+                # A file that is merely gone, somebody removed: it is made anew.
+                if not self._is_ours() and (self.path.exists() or self._try() is not None):
                     logger.error("%s was taken over by another run while this one stood still; ending", self.path)
                     os._exit(1)
                 os.utime(self.path)

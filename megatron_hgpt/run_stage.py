@@ -149,16 +149,16 @@ def _own_folders(config: RunConfig, context: DistributedContext, owned: contextl
     refusal: list[str | None] = [None]
     if context.is_writer:
         folders = {"output_dir": config.output_dir, "checkpoint.directory": config.checkpoint.directory}
-        for option, folder in folders.items():
+        owners = {Path(folder).resolve(): option for option, folder in folders.items() if folder is not None}
+        for folder, option in owners.items():
             try:
-                if folder is not None:
-                    owned.enter_context(FolderOwner(Path(folder)))
+                owned.enter_context(FolderOwner(folder))
             except ConfigError as error:
                 refusal = [str(error)]
                 break
             except OSError as error:  # for instance a full disk, which shows with the first byte only
                 reason = reason_of(error)
-                refusal = [f"{option}={folder} cannot be written ({reason}); make room, or name another place"]
+                refusal = [f"{option}={folders[option]} cannot be written ({reason}); make room, or name another place"]
                 break
     torch.distributed.broadcast_object_list(refusal)
     if refusal[0] is not None:

@@ -218,14 +218,14 @@ class Trainer:
         if save:
             self._save()
         # Complete before validation starts, and so not lost if that fails.
-        self._announce_checkpoints(wait=validate, is_final=stop or is_last)
+        is_saved = self._announce_checkpoints(wait=validate, is_final=stop or is_last)
         if validate:
             self.validate()
         if not stop and (save or validate):
             stop = self.signals.agree(self.context)  # a signal that came meanwhile costs no further step
-            if stop and not save:
+            # What was to be saved may have failed, which the stop's exit status must not hide.
+            if stop and not (is_saved or self._announce_checkpoints(wait=True)):
                 self._save()
-            if stop:
                 self._announce_checkpoints(is_final=True)
         return stop
 
@@ -260,7 +260,6 @@ class Trainer:
 
     def _roll_back(self, anomaly: Anomaly) -> Anomaly:
         """Weights, optimizer, schedule and random states of the newest healthy checkpoint; the loader stays ahead."""
-        self._enter(Phase.SAVE)
         self._announce_checkpoints(wait=True)
         self._enter(Phase.START)
         restored = self.checkpointer.restore_latest(self.models, self.engine, healthy_only=True)
@@ -317,10 +316,17 @@ class Trainer:
         self.scheduler.num_steps = restored.step
         self.scheduler.step(0)
 
-    def _announce_checkpoints(self, *, wait: bool = False, is_final: bool = False) -> None:
-        for checkpoint in self.checkpointer.published(wait=wait, is_final=is_final):
+    def _announce_checkpoints(self, *, wait: bool = False, is_final: bool = False) -> bool:
+        """Tell the hooks of what became complete; True on every rank where this step's checkpoint did."""
+        if wait or is_final:
+            self._enter(Phase.SAVE)
+        checkpoints = self.checkpointer.published(wait=wait, is_final=is_final)
+        if wait or is_final:
+            self._enter(Phase.REPORT)
+        for checkpoint in checkpoints:
             for hook in self.hooks:
                 hook.on_checkpoint_saved(self.state, checkpoint)
+        return any(checkpoint.path.name == f"step_{self.step:08d}" for checkpoint in checkpoints)
 
     def _tell_of_error(self, error: BaseException) -> None:
         """Every hook hears of it, whatever becomes of another hook's handling."""

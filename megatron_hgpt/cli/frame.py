@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hgpt import __version__
@@ -21,6 +22,7 @@ from megatron_hgpt.bounds import Bound
 from megatron_hgpt.cli.commands import COMMANDS, Command, command_named
 from megatron_hgpt.cli.library_messages import silence_known
 from megatron_hgpt.environment import (
+    error_messages_of_this_machine,
     rank_from_environment,
     use_one_hardware_queue,
     write_error_file,
@@ -43,10 +45,15 @@ if TYPE_CHECKING:
 
 RANK_ERROR_DELAY_S = 30.0
 """Seconds that another process than the first holds its error back. Mistakes are mostly the same everywhere: rank 0
-says them, and its end makes torchrun end the others. What is still alive then has an error of its own."""
+says them, and its end makes torchrun end the others. What nobody has said until then is an error of its own."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of writing that name no file."""
+_REFUSED = (
+    *_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
+)  # fmt: skip
+"""What the system refuses the same way every time. Of others (EIO, ESTALE, ETIMEDOUT) a restart may be the end."""
 
 
 class UsageError(HealthGPTError):
@@ -105,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 1
     except OSError as error:
-        if error.filename is None and error.errno not in _FULL:
+        if error.errno not in (_FULL if error.filename is None else _REFUSED):
             raise
         name = "a file" if error.filename is None else error.filename
         problem = FileError(f"cannot read or write {name}: {error.strerror}")
@@ -219,20 +226,37 @@ def report_error(error: HealthGPTError, *, verbose: bool = False) -> int:
         rank = rank_from_environment()
     except ConfigError:  # the error itself, then
         rank = 0
-    if rank and not isinstance(error, HungError):  # that is one rank's alone
-        # Ended by torchrun meanwhile, this process has nothing to add to torchrun's list of failures.
-        signal.signal(signal.SIGTERM, lambda number, stack: sys.exit(0))
-        time.sleep(RANK_ERROR_DELAY_S)
-    if verbose:
-        traceback.print_exception(error)
     text = str(error).rstrip()
     if not re.match(r"\d+ problems\n", text):
         text = " ".join(text.split())
-    message = f"{f'rank {rank}: ' if rank else ''}{type(error).__name__}: {text}"
+    said = f"{type(error).__name__}: {text}"
+    status = _status_of(error)
+    if rank and not isinstance(error, HungError) and _is_said_by_another(said):
+        return 0  # nothing to add to torchrun's list of failures
+    if verbose:
+        traceback.print_exception(error)
+    message = f"{f'rank {rank}: ' if rank else ''}{said}"
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
     # A torchrun that the user started reports every failure in some thirty lines; these then end with the message.
     write_error_file(message)
+    return status
+
+
+def _is_said_by_another(said: str) -> bool:
+    """Wait until torchrun ends this process or `RANK_ERROR_DELAY_S` is over; whether another has said this by then."""
+
+    def wake(_signum: int, _frame: FrameType | None) -> NoReturn:
+        raise InterruptedError
+
+    signal.signal(signal.SIGTERM, wake)
+    with contextlib.suppress(InterruptedError):
+        time.sleep(RANK_ERROR_DELAY_S)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line and the status come first
+    return any(message.endswith(said) for message in error_messages_of_this_machine())
+
+
+def _status_of(error: HealthGPTError) -> ExitStatus:
     if isinstance(error, DivergedError):
         return ExitStatus.DIVERGED
     return ExitStatus.HUNG if isinstance(error, HungError) else ExitStatus.USER_ERROR

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hgpt.batching import replica_size
 from megatron_hgpt.config import ParallelConfig, RunConfig
-from megatron_hgpt.environment import Nodes, share_cores
+from megatron_hgpt.environment import Nodes, name_launcher, share_cores
 from megatron_hgpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,14 +109,36 @@ def run_processes(processes: int, nodes: Nodes, command: Sequence[str], config: 
     Returns:
         Exit status as in `exit_status`: the first failed process's, or 128 + the signal that stopped the run.
     """
-    from torch.distributed import DistError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from megatron_hgpt.cli.supervisor import Patience
 
     meeting = meeting_point(nodes, config.timeouts.start_s)
     patience = Patience(config.launch, Path(config.checkpoint.directory or Path(config.output_dir) / "checkpoints"))
     share_cores(processes)
+    name_launcher()
+    if not config.checkpoint.resume:
+        # This process has seen that the folder is new. What it starts again finds the run's own checkpoints.
+        command = [*command, "checkpoint.resume=true"]
+    try:
+        return _supervise(processes, nodes, command, meeting, patience, config)
+    except SignalException as stopped:  # while no process runs: between two starts, or before the first node answers
+        logger.warning("stopped by signal %d between two starts; start again to resume", stopped.sigval)
+        return _stopped_status(stopped.sigval)
+
+
+def _supervise(
+    processes: int,
+    nodes: Nodes,
+    command: Sequence[str],
+    meeting: RendezvousParameters,
+    patience: Patience,
+    config: RunConfig,
+) -> int:
+    """One agent after the other, until one brings the run to its end; returns the exit status."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+
     while True:
         try:
             with _torchruns_lines_left_out(), tempfile.TemporaryDirectory(prefix="hgpt_") as folder:
@@ -176,19 +198,24 @@ def _run_agent(agent: Agent) -> int:
             logger.error("stopped by signal %d, but local ranks did not save: %s", ended.sigval, said)
             return 1
         finished = set(agent.exit_statuses().values()) == {0}
-        return 0 if finished else 128 + int(ended.sigval if ended.sigval == signal.SIGINT else signal.SIGTERM)
+        return 0 if finished else _stopped_status(ended.sigval)
     except RendezvousClosedError:
         logger.error("another node has ended the run, and says why")
         return _shell_status(agent.hear_status())
     has_failed = result is None or result.is_failed()
-    if has_failed:
-        agent.tell_others()
+    agent.tell_others(agent.last_status if has_failed else 0)
     group.spec.rdzv_handler.shutdown()
     if not has_failed:
         return 0
     if (group.group_world_size or 1) > 1:
-        time.sleep(_LINGER_S)  # the store in which the others read it may be this process's
+        with contextlib.suppress(SignalException):  # the status is known
+            time.sleep(_LINGER_S)  # the store in which the others read it may be this process's
     return _shell_status(agent.last_status)
+
+
+def _stopped_status(signum: int) -> int:
+    """Of a launcher that this signal stopped: a closed terminal (SIGHUP) is a SIGTERM to the processes, and here."""
+    return 128 + int(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
 
 
 def _shell_status(status: int) -> int:

@@ -9,6 +9,7 @@ from megatron_hgpt.batching import replica_size
 from megatron_hgpt.cli import frame
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.environment import (
+    is_started_again,
     nodes_from_environment,
     rank_from_environment,
     started_by_torchrun,
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int | None:
 
         die_with_launcher()
     config, read = read_run(arguments.config, arguments.overrides, arguments.preset)
+    if is_started_again():  # checkpoint.resume=false was for the first time; what is there now is this run's own
+        config.checkpoint.resume = True
     nodes = nodes_from_environment()
     problems: list[str] = []
     if started_by_torchrun():

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 PEER_ERROR_S = 60.0
 """After an error of another rank: until a rank that waits for it ends too. The error itself is said within 30 s."""
 
+_LAST_S = 10.0
+"""Seconds for stacks and message of a process that ends; half of them for the stacks."""
+
 _REMEDIES = {
     Phase.START: "look at the storage of the models and at the network between the machines",
     Phase.LOAD: "look at the storage of data.train, or raise data.num_workers",
@@ -135,10 +138,10 @@ class WatchdogHook(Hook):
             before_s = now_s
             if self._now != before:
                 before, self._begun_s = self._now, self._clock_s
-            self._dump_if_due()
             with contextlib.suppress(RuntimeError):  # the store went with the process that held it
                 self._exchange(number)
             self._judge()
+            self._dump_if_due()
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"watchdog/{self.rank}", "")
@@ -179,14 +182,20 @@ class WatchdogHook(Hook):
             self._is_dumped = False
         elif not self._is_dumped:
             self._is_dumped = True
+            faulthandler.cancel_dump_traceback_later()
             self._dump()
 
-    def _dump(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):  # a full disk; the watch goes on
+    def _dump(self, wait_s: float = 0.0) -> None:
+        """Write the stacks in a thread: what hangs may be the very disk that takes them, and this one has to judge."""
+        writer = threading.Thread(target=self._write_stacks, name="watchdog's stacks", daemon=True)
+        writer.start()
+        writer.join(wait_s)
+
+    def _write_stacks(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a full disk; closed at the end of the run
             self._stacks.write(f"{time.strftime('%H:%M:%S')} {self._beat(0).describe(self.rank)}\n")
             self._stacks.flush()
-        faulthandler.dump_traceback(self._stacks)
+            faulthandler.dump_traceback(self._stacks)
 
     def _beat(self, number: int) -> Beat:
         progress, step, phase = self._now
@@ -307,9 +316,11 @@ class WatchdogHook(Hook):
 
     def _end(self, text: str, silent: Mapping[int, Beat]) -> None:
         """End this process, and those on its machine that cannot hear."""
-        self._dump()
         # Where even the message cannot be written, for instance to a pipe that nobody reads.
-        faulthandler.dump_traceback_later(10.0, exit=True, file=self._stacks)
+        last = threading.Timer(_LAST_S, os._exit, [ExitStatus.HUNG])
+        last.daemon = True
+        last.start()
+        self._dump(wait_s=_LAST_S / 2)
         message = f"HungError: {text}; stacks in {self.path.parent}; start again to go on from the newest checkpoint"
         if self.rank == 0 or (self.rank == 1 and 0 in silent):
             logger.error("%s", message)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hgpt.exit_status import ExitStatus
+from megatron_hgpt.ownership import FolderOwner
 from megatron_hgpt.testing.distributed import free_port
 from megatron_hgpt.testing.launching import ROOT, LaunchedRun
 from tests.drills.assets import write_assets
@@ -135,6 +136,19 @@ def test_a_killed_rank_starts_again_from_the_newest_checkpoint(start: Start) -> 
     assert records == list(range(1, 151))
 
 
+def test_a_new_run_that_starts_again_finds_its_own_checkpoints(start: Start) -> None:
+    """checkpoint.resume=false is about what an earlier run left."""
+    run = start("training.num_steps=150", "checkpoint.resume=false")
+    run.wait_for("checkpoint saved")
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    assert run.wait() == 0, run.text()[-3000:]
+    assert "rank 1 was killed by SIGKILL; starting again from step_" in run.text() and "resumed from" in run.text()
+    again = start("training.num_steps=200", "checkpoint.resume=false", name="again")
+    assert again.wait() == ExitStatus.USER_ERROR and "of an earlier run" in again.text()
+    requeued = start("training.num_steps=151", "checkpoint.resume=false", name="requeued", SLURM_RESTART_COUNT="1")
+    assert requeued.wait() == 0, requeued.text()[-3000:]
+
+
 def test_one_process_starts_again_as_well(start: Start) -> None:
     run = start("training.num_steps=150", NPROC_PER_NODE="1")
     run.wait_for("checkpoint saved")
@@ -216,12 +230,16 @@ def test_a_run_goes_on_with_the_nodes_that_are_left_and_with_one_that_comes(star
 
 
 def test_a_mistake_on_one_node_ends_the_other_with_its_status(start: Start, tmp_path: Path) -> None:
-    """Only the first node's process has the checkpoint that is none: the other one cannot know."""
+    """The first rank of all meets it after the start; the processes of the other node only wait."""
     port = free_port()
-    (tmp_path / "step_1").mkdir()
-    nodes = [start_node(start, rank, port, f"node{rank}", "checkpoint.init_from=[step_1]") for rank in range(2)]
-    statuses = [node.wait() for node in nodes]
-    assert statuses == [2, 2], "\n\n".join(node.text()[-2000:] for node in nodes)
+    (tmp_path / "run").mkdir()
+    owner = FolderOwner(tmp_path / "run")
+    with owner:  # only the first rank takes the folder
+        nodes = [start_node(start, rank, port, f"node{rank}") for rank in range(2)]
+        statuses = [node.wait(120) for node in nodes]
+    said = "\n\n".join(node.text()[-2000:] for node in nodes)
+    assert statuses == [2, 2], said
+    assert said.count("another node has ended the run") == 1, said
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -48,3 +50,11 @@ def test_repeats_change_nothing_and_end_the_process_with_its_status_after_the_ru
     with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
+
+
+@pytest.mark.parametrize(("is_there", "status"), [(True, 0), (False, -signal.SIGKILL)])
+def test_a_launcher_that_ended_before_its_process_ran(is_there: bool, status: int) -> None:
+    code = "from megatron_hgpt.interruption import die_with_launcher; die_with_launcher()"
+    launcher = str(os.getpid() if is_there else 2**22 - 1)
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "hgpt", "HGPT_LAUNCHER_PID": launcher}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == status

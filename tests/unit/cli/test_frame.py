@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,20 +44,37 @@ def test_another_rank_waits_to_be_ended_before_it_says_its_own(
     monkeypatch.setattr(frame.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for local in "03":
+        (tmp_path / local).mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "3" / "error.json"))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        frame.report_error(ConfigError("only here"))
-        handler = signal.getsignal(signal.SIGTERM)
-        assert callable(handler)
-        with pytest.raises(SystemExit) as ended:
-            handler(signal.SIGTERM, None)
-        assert ended.value.code == 0
+        assert frame.report_error(ConfigError("only here")) == 2
+        (tmp_path / "0" / "error.json").write_text(json.dumps({"message": {"message": "ConfigError: everywhere"}}))
+        assert frame.report_error(ConfigError("everywhere")) == 0
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert waited == [frame.RANK_ERROR_DELAY_S]
+    assert waited == [frame.RANK_ERROR_DELAY_S] * 2
     assert capsys.readouterr().err == "rank 3: ConfigError: only here\n"
-    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "rank 3: ConfigError: only here"
+    left = json.loads((tmp_path / "3" / "error.json").read_text())
+    assert left["message"]["message"] == "rank 3: ConfigError: only here"
+
+
+def test_a_rank_that_is_ended_meanwhile_says_its_own_all_the_same(tmp_path: Path) -> None:
+    """Another rank failed for want of this one, and its launcher ends this one, which knows why."""
+    code = (
+        "import sys; from megatron_hgpt.cli.frame import report_error; from megatron_hgpt.errors import DivergedError\n"
+        "print('ready', flush=True); sys.exit(report_error(DivergedError('step 3')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1", "WORLD_SIZE": "2"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(1)
+        process.terminate()
+        assert process.communicate(timeout=20)[1] == "rank 1: DivergedError: step 3\n"
+    assert process.returncode == 3
 
 
 def test_a_reader_may_leave_early() -> None:
@@ -103,6 +121,8 @@ def test_the_system_refuses_a_file(capsys: pytest.CaptureFixture[str], monkeypat
         "FileError: cannot read or write out/a.json: Permission denied\n"
         "FileError: cannot read or write a file: No space left on device\n"
     )
+    with pytest.raises(OSError, match="Input/output"):  # the disk may answer the next time
+        fail_with(OSError(errno.EIO, "Input/output error", "out/a.json"))
     with pytest.raises(ConnectionResetError):  # about no file: a fault, and its traceback says where
         fail_with(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
 

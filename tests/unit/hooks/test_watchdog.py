@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from megatron_hgpt.hooks import watchdog as module
 from megatron_hgpt.hooks.base import Phase, TrainState
 from megatron_hgpt.hooks.beats import Beat, host_name, kill_silent, process_start, ranks_behind
 from megatron_hgpt.hooks.watchdog import WatchdogHook
+
+ROOT = str(Path(__file__).parents[3])
 
 
 def beat(progress: int = 5, *, is_waiting: bool = False, **changes: Any) -> Beat:
@@ -158,3 +161,43 @@ def test_ranks_that_nobody_watches_end_by_themselves(make: Callable[..., Watchdo
     make(2, 3, torch.distributed.HashStore(), step_warning_s=0.3, step_limit_s=0.6)
     wait_for(lambda: bool(ended))
     assert "behind is rank 2" in ended[0]
+
+
+class StuckFile:
+    """On a disk that answers nobody."""
+
+    def write(self, text: str) -> int:
+        threading.Event().wait()
+        return len(text)
+
+    def fileno(self) -> int:
+        return sys.__stderr__.fileno() if sys.__stderr__ else 2
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def test_a_disk_that_hangs_does_not_stop_the_watch(make: Callable[..., WatchdogHook], ended: list[str]) -> None:
+    hook = make(step_warning_s=0.3, step_limit_s=1.0)
+    assert hook._file is not None
+    hook._file.close()
+    hook._file = StuckFile()  # type: ignore[assignment]
+    wait_for(lambda: bool(ended))
+    assert hook._is_dumped and "behind is rank 0" in ended[0]
+
+
+def test_a_disk_that_hangs_does_not_stop_the_end(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, threading
+from megatron_hgpt.config import TimeoutsConfig
+from megatron_hgpt.hooks import watchdog
+watchdog._LAST_S = 1.0
+hook = watchdog.WatchdogHook(TimeoutsConfig(), rank=0, world_size=1, output_dir=pathlib.Path({str(tmp_path)!r}))
+class Stuck:
+    def write(self, text): threading.Event().wait()
+hook._file = Stuck()
+watchdog.write_error_file = lambda message: threading.Event().wait()
+hook._end("it hangs", {{}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT}, timeout=60)
+    assert done.returncode == 75
