@@ -234,6 +234,8 @@ REQUEUED = {
     "diverged": (3, {}, False),
     "stopped long before its end": (143, {"SLURM_JOB_END_TIME": "9999999999"}, False),
     "out of time": (143, {"SLURM_JOB_END_TIME": "1000"}, True),
+    # Slurm sends its signal up to a minute earlier than it is told.
+    "out of time, told early": (143, {"SLURM_JOB_END_TIME": str(int(time.time()) + 370)}, True),
     "hung": (75, {}, True),
     "killed": (137, {"SLURM_RESTART_COUNT": "4"}, True),
     "killed too often": (137, {"SLURM_RESTART_COUNT": "5"}, False),
