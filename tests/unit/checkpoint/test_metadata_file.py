@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ LIES: dict[str, tuple[Any, str]] = {
     "beyond the end": (lambda m: places(m, offset=10**9), "ends before"),
     "a negative length": (lambda m: places(m, length=-1), "no offset and length"),
     "a length that is no number": (lambda m: places(m, length="5"), "no offset and length"),
-    "a transformation": (lambda m: places(m, transform_descriptors=["zstd"]), "is transformed by"),
+    "a transformation": (lambda m: places(m, transform_descriptors=["zstd"]), "is transformed, which is not read"),
     "a tensor of 2**60 numbers": (
         lambda m: setattr(m.state_dict_metadata["b"], "size", torch.Size([2**60])), "is no size of a tensor",
     ),
@@ -155,6 +157,50 @@ def test_what_cannot_be_is_refused(lie: str, folder: Path) -> None:
     change(folder, function)
     with pytest.raises(CheckpointError, match=message):
         read(folder)
+
+
+def tuples() -> Any:
+    """As text 2**24 times its size in a pickle."""
+    value: Any = ()
+    for _ in range(24):
+        value = (value, value)
+    return value
+
+
+BOMBS: dict[str, Any] = {
+    "an offset": lambda m: places(m, offset=tuples()),
+    "a transformation": lambda m: places(m, transform_descriptors=tuples()),
+    "a file": lambda m: places(m, relative_path=tuples()),
+    "a size": lambda m: setattr(m.state_dict_metadata["b"], "size", tuples()),
+    "a list of chunks that many tensors share": lambda m: m.state_dict_metadata.update(
+        dict.fromkeys(map(str, range(20000)), dataclasses.replace(m.state_dict_metadata["b"], chunks=[None] * 20000))
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_grows_when_it_is_worded_or_followed_is_refused_at_once(bomb: str, folder: Path) -> None:
+    change(folder, BOMBS[bomb])
+    content = read_metadata_file(folder)
+    started_s = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"\.metadata is refused"):
+            read_contents(folder, content)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert time.monotonic() - started_s < 5
+
+
+def test_keys_that_take_for_ever_to_hash_are_refused(folder: Path) -> None:
+    key = pickle.dumps(tuples(), protocol=2)[2:-1]
+    for content in (b"}" + key + b"K\x01s.", b"}(" + key + b"K\x01u.", b"(" + key + b"K\x01d."):
+        with pytest.raises(CheckpointError, match="a tuple stands where a name belongs"):
+            read_contents(folder, b"\x80\x02" + content)
+    for content in (b"\x8f(" + key + b"\x90.", b"(" + key + b"\x91."):
+        with pytest.raises(CheckpointError, match="it holds a set"):
+            read_contents(folder, b"\x80\x04" + content)
 
 
 @pytest.mark.parametrize("content", [b"", b".", b"\x80\x04", b"not a pickle", b"\x80\x04K\x01.", b"(" * 10000])
