@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_hgpt.checkpoint.metadata_file import METADATA, Place, read_contents, read_metadata_file
 from megatron_hgpt.checkpoint.reading import read_chunks, read_object, read_whole
@@ -258,6 +259,26 @@ def test_another_tensor_in_its_place_and_holes_are_refused(folder: Path) -> None
     absent = Chunk(key="c", global_shape=(1,), offset=(0,), tensor=torch.zeros(1))
     with pytest.raises(CheckpointError, match="lacks 1 tensors of the model"):
         read_chunks(folder, contents, [absent])
+
+
+def test_parts_that_overlap_do_not_make_a_whole(folder: Path) -> None:
+    """[0:3] and [1:3] of 5 are five numbers, and leave two out."""
+    contents = read(folder)
+    contents.tensors["b"].chunks[:] = [
+        ChunkStorageMetadata(torch.Size([0]), torch.Size([3])), ChunkStorageMetadata(torch.Size([1]), torch.Size([2]))
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="holds a part of b twice"):
+        read_whole(folder, contents, "b")
+
+
+@pytest.mark.parametrize("value", [torch.ones(5).to_sparse(), torch.ones(5, device="meta")], ids=["sparse", "meta"])
+def test_a_tensor_without_its_numbers_is_refused(value: torch.Tensor, folder: Path) -> None:
+    contents = read(folder)
+    torch.save(value.to(torch.bfloat16), folder / "other.distcp")
+    size = (folder / "other.distcp").stat().st_size
+    contents.places["b", (0,)] = Place(file="other.distcp", offset=0, num_bytes=size)
+    with pytest.raises(CheckpointError, match="it holds another tensor than b"):
+        read_whole(folder, contents, "b")
 
 
 def test_a_packed_tensor_is_refused_before_it_is_unpacked(folder: Path) -> None:
