@@ -150,7 +150,8 @@ class Checkpointer:
             chunks=chunks,
             notes=notes,
             make=functools.partial(self._make, temporary),
-            publish=functools.partial(self._publish, temporary, final, info, started_s),
+            describe=functools.partial(self._describe_folder, temporary, info),
+            publish=functools.partial(self._publish, temporary, final, started_s),
             deadline_s=self.config.timeouts.save_s,
         )
         save.start()
@@ -183,6 +184,8 @@ class Checkpointer:
         if verdict is Verdict.WRITING:
             return
         self._under_way = None
+        if verdict is Verdict.PUBLISHED and not self.config.checkpoint.async_save:
+            self._copies = HostCopies()  # training needs the memory more than the next save
         if verdict is Verdict.PUBLISHED:
             seconds = time.perf_counter() - started_s
             self._ready.append(save.published or SavedCheckpoint(path=final, num_bytes=0, save_time_s=seconds))
@@ -235,24 +238,24 @@ class Checkpointer:
         temporary.mkdir()
         sync_folder(self.directory)
 
-    def _publish(
-        self,
-        temporary: Path,
-        final: Path,
-        info: dict[str, Any],
-        started_s: float,
-        shards: list[Shard],
-        notes: list[dict[str, Any]],
-    ) -> SavedCheckpoint:
-        """The first rank's thread: describe the folder and give it its name, after all ranks have written."""
+    def _describe_folder(
+        self, temporary: Path, info: dict[str, Any], shards: list[Shard], notes: list[dict[str, Any]]
+    ) -> int:
+        """The first rank's thread: what the folder still lacks, after all ranks have written; returns its bytes."""
         steps: dict[str, int] = {}
         for name, count in (item for note in notes for item in note["optimizer_steps"].items()):
             steps[name] = max(steps.get(name, 0), count)
         number = next_publication(self.directory)
         info = {**info, "optimizer_steps": steps}
-        num_bytes = describe(temporary, info, self.config, shards, publication=number)
+        return describe(temporary, info, self.config, shards, publication=number)
+
+    def _publish(self, temporary: Path, final: Path, started_s: float, num_bytes: int) -> SavedCheckpoint:
+        """The first rank's thread: give the folder its name."""
         give_name(temporary, final)
-        prune(self.directory, self.config.checkpoint.keep_last)
+        try:
+            prune(self.directory, self.config.checkpoint.keep_last)
+        except Exception as error:  # the checkpoint is there whatever becomes of others
+            logger.warning("earlier checkpoints in %s stay: %s", self.directory, reason_of(error))
         seconds = time.perf_counter() - started_s
         return SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds)
 
