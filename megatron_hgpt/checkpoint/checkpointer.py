@@ -34,7 +34,7 @@ from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, opt
 from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
-from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
+from megatron_hgpt.errors import CheckpointError, ConfigError, HungError, reason_of
 from megatron_hgpt.parameters import SAVED_GROUPS
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on every rank, where saving is not asynchronous: it could not be written.
+            HungError: likewise, not within `timeouts.save_s`.
         """
         self._settle(wait=True)
         started_s = time.perf_counter()
@@ -169,7 +170,8 @@ class Checkpointer:
             is_final: training ends here, and what is not saved now is lost; waits too.
 
         Raises:
-            CheckpointError: on every rank, where `is_final`: the save is given up.
+            CheckpointError: on every rank, where `is_final`: the save failed.
+            HungError: likewise, it took longer than `timeouts.save_s`.
         """
         self._settle(wait=wait or is_final, must_succeed=is_final)
         ready, self._ready = self._ready, []
@@ -197,7 +199,8 @@ class Checkpointer:
         if must_succeed:
             told = [text + "Make room or mend the disk, and start again to resume from it"]
             torch.distributed.broadcast_object_list(told, src=0)
-            raise CheckpointError(told[0])
+            # What did not come in time may do so at the next start; a full disk does not.
+            raise (HungError if verdict is Verdict.OVERDUE else CheckpointError)(told[0])
         logger.warning("%sTraining goes on; the next save tries anew", text)
 
     def _share(self, models: Sequence[HealthGPT], state: OptimizerState) -> list[Chunk]:
