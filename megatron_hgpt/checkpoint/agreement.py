@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_hgpt.errors import CheckpointError, reason_of
+from megatron_hgpt.errors import CheckpointError, HealthGPTError, reason_of
 
 T = TypeVar("T")
 
@@ -48,6 +48,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
     Raises:
         CheckpointError: of the first rank that failed; another error of this rank's own stays what it is.
+        RuntimeError: another rank crashed, and a new start may help.
     """
     result, error = None, None
     try:
@@ -55,13 +56,14 @@ def on_every_rank(work: Callable[[], T]) -> T:
     except Exception as problem:
         error = problem
     said = None if error is None else " ".join((reason_of(error) or type(error).__name__).split())
-    problems = gathered(said)
+    is_crash = error is not None and not isinstance(error, HealthGPTError)
+    problems = gathered((said, is_crash))
     if error is not None and not isinstance(error, CheckpointError):
         raise error
-    for rank, text in enumerate(problems):
+    for rank, (text, has_crashed) in sorted(enumerate(problems), key=lambda item: not item[1][1]):
         if text is not None:
             where = f" (rank {rank} of {len(problems)})" if len(problems) > 1 else ""
-            raise CheckpointError(f"{text}{where}") from error
+            raise (RuntimeError if has_crashed else CheckpointError)(f"{text}{where}") from error
     return result  # type: ignore[return-value]
 
 

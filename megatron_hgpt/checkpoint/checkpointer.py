@@ -33,7 +33,7 @@ from megatron_hgpt.checkpoint.state import Chunk, model_chunks, model_state, opt
 from megatron_hgpt.checkpoint.writer import Save, Verdict
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.engines.base import OptimizerState, TrainingEngine
-from megatron_hgpt.errors import CheckpointError, ConfigError, reason_of
+from megatron_hgpt.errors import CheckpointError, ConfigError, HungError, reason_of
 from megatron_hgpt.files import sync_folder
 from megatron_hgpt.parameters import SAVED_GROUPS
 from megatron_hgpt.rounding import file_size
@@ -129,6 +129,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on every rank, where saving is not asynchronous: it could not be written.
+            HungError: likewise, not within `timeouts.save_s`.
         """
         self._settle(wait=True)
         started_s = time.perf_counter()
@@ -151,7 +152,8 @@ class Checkpointer:
             chunks=chunks,
             notes=notes,
             make=functools.partial(self._make, temporary),
-            publish=functools.partial(self._publish, temporary, final, info, started_s),
+            describe=functools.partial(self._describe_folder, temporary, info),
+            publish=functools.partial(self._publish, temporary, final, started_s),
             deadline_s=self.config.timeouts.save_s,
         )
         save.start()
@@ -169,7 +171,8 @@ class Checkpointer:
             is_final: training ends here, and what is not saved now is lost; waits too.
 
         Raises:
-            CheckpointError: on every rank, where `is_final`: the save is given up.
+            CheckpointError: on every rank, where `is_final`: the save failed.
+            HungError: likewise, it took longer than `timeouts.save_s`.
         """
         self._settle(wait=wait or is_final, must_succeed=is_final)
         ready, self._ready = self._ready, []
@@ -184,6 +187,8 @@ class Checkpointer:
         if verdict is Verdict.WRITING:
             return
         self._under_way = None
+        if verdict is Verdict.PUBLISHED and not self.config.checkpoint.async_save:
+            self._copies = HostCopies()  # training needs the memory more than the next save
         if verdict is Verdict.PUBLISHED:
             seconds = time.perf_counter() - started_s
             self._ready.append(save.published or SavedCheckpoint(path=final, num_bytes=0, save_time_s=seconds))
@@ -195,7 +200,8 @@ class Checkpointer:
         if must_succeed:
             told = [text + "Make room or mend the disk, and start again to resume from it"]
             torch.distributed.broadcast_object_list(told, src=0)
-            raise CheckpointError(told[0])
+            # What did not come in time may do so at the next start; a full disk does not.
+            raise (HungError if verdict is Verdict.OVERDUE else CheckpointError)(told[0])
         logger.warning("%sTraining goes on; the next save tries anew", text)
 
     def _share(self, models: Sequence[HealthGPT], state: OptimizerState) -> list[Chunk]:
@@ -236,24 +242,24 @@ class Checkpointer:
         temporary.mkdir()
         sync_folder(self.directory)
 
-    def _publish(
-        self,
-        temporary: Path,
-        final: Path,
-        info: dict[str, Any],
-        started_s: float,
-        shards: list[Shard],
-        notes: list[dict[str, Any]],
-    ) -> SavedCheckpoint:
-        """The first rank's thread: describe the folder and give it its name, after all ranks have written."""
+    def _describe_folder(
+        self, temporary: Path, info: dict[str, Any], shards: list[Shard], notes: list[dict[str, Any]]
+    ) -> int:
+        """The first rank's thread: what the folder still lacks, after all ranks have written; returns its bytes."""
         steps: dict[str, int] = {}
         for name, count in (item for note in notes for item in note["optimizer_steps"].items()):
             steps[name] = max(steps.get(name, 0), count)
         number = next_publication(self.directory)
         info = {**info, "optimizer_steps": steps}
-        num_bytes = describe(temporary, info, self.config, shards, publication=number)
+        return describe(temporary, info, self.config, shards, publication=number)
+
+    def _publish(self, temporary: Path, final: Path, started_s: float, num_bytes: int) -> SavedCheckpoint:
+        """The first rank's thread: give the folder its name."""
         give_name(temporary, final)
-        prune(self.directory, self.config.checkpoint.keep_last)
+        try:
+            prune(self.directory, self.config.checkpoint.keep_last)
+        except Exception as error:  # the checkpoint is there whatever becomes of others
+            logger.warning("earlier checkpoints in %s stay: %s", self.directory, reason_of(error))
         seconds = time.perf_counter() - started_s
         return SavedCheckpoint(path=final, num_bytes=num_bytes, save_time_s=seconds)
 

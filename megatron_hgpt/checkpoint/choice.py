@@ -39,14 +39,14 @@ class OpenCheckpoint:
 
 
 def open_newest(directory: Path, *, healthy_only: bool = False) -> OpenCheckpoint | None:
-    """The newest checkpoint in a folder that is whole; None where there is none at all. Every rank must call it.
+    """The newest checkpoint in a folder that is whole; None where there is none. Every rank must call it.
 
     Args:
         directory: of ``step_*`` folders; each rank may see it under a path of its own.
         healthy_only: leave out checkpoints that were saved right after a loss spike.
 
     Raises:
-        CheckpointError: all are damaged, or ranks do not see the same.
+        CheckpointError: all are damaged and none was left out, or ranks do not see the same.
     """
     names = from_first(lambda: [folder.name for folder in checkpoint_folders(directory)[::-1]])
     return _open_first([directory / name for name in names], healthy_only=healthy_only)
@@ -81,6 +81,10 @@ def _open_first(folders: Sequence[Path], *, healthy_only: bool = False) -> OpenC
         for reason in damaged:
             logger.warning("%s: %s is used instead", reason.split("; use another")[0], folder)
         return found
+    if unhealthy:
+        for reason in damaged:
+            logger.warning("%s", reason)
+        return None
     if len(damaged) == 1 and len(folders) == 1:
         raise CheckpointError(damaged[0])
     if damaged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from megatron_hgpt.errors import CheckpointError, reason_of
 
 
 def wrong_sizes(folder: Path, info: Mapping[str, Any]) -> str | None:
-    """The first file that is missing or of another size than the description says, as a text; None where all fit."""
+    """The first file that is missing, no file or of another size than the description says, as a text; None where all
+    fit. A link to a file counts as that file."""
     for name, entry in info["files"].items():
         path = folder / name
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except OSError as error:
             return f"{path}: {reason_of(error)}"
-        if size != entry["bytes"]:
-            return f"{path}: {size} bytes, {INFO} says {entry['bytes']}"
+        if not stat.S_ISREG(status.st_mode):  # a pipe, whose reader waits for ever; a device, which never ends
+            return f"{path}: not an ordinary file"
+        if status.st_size != entry["bytes"]:
+            return f"{path}: {status.st_size} bytes, {INFO} says {entry['bytes']}"
     return None
 
 

@@ -13,12 +13,12 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-from megatron_hgpt.errors import CheckpointError, reason_of
+from megatron_hgpt.errors import CheckpointError, reason_of, shown
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 256 * 2**20
@@ -97,7 +97,10 @@ _SIZE = _CLASSES["torch", "Size"]
 
 # The reader in Python: the one in C makes room for as many memo entries as two bytes of the file ask for.
 class _InertUnpickler(pickle._Unpickler):
-    """Records for the names above, a type of numbers for ``torch.float32`` and its like, and no other name."""
+    """Records for the names above, a type of numbers for ``torch.float32`` and its like, and no other name.
+
+    The keys of its dictionaries are texts and records: to hash tuples of tuples could take for ever.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:
@@ -105,6 +108,39 @@ class _InertUnpickler(pickle._Unpickler):
         if module == "torch" and isinstance(number_type := getattr(torch, name, None), torch.dtype):
             return number_type
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs and which may run code")
+
+    def load_setitem(self) -> None:
+        _check_key(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        super().load_dict()
+
+    def load_frozenset(self) -> None:
+        raise pickle.UnpicklingError("it holds a set")
+
+    load_additems = load_frozenset
+
+    dispatch: ClassVar[dict[int, Callable[[_InertUnpickler], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.ADDITEMS[0]: load_additems,
+    }
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, str | _Record):
+        raise pickle.UnpicklingError(f"a {type(key).__name__} stands where a name belongs")
 
 
 def read_contents(folder: Path, content: bytes) -> Contents:
@@ -121,9 +157,10 @@ def read_contents(folder: Path, content: bytes) -> Contents:
     try:
         record = _InertUnpickler(io.BytesIO(content)).load()
         state = _state(record, _METADATA)
-        tensors = {
-            key: _tensor(entry) for key, entry in _items(state["state_dict_metadata"]) if isinstance(entry, _TENSOR)
-        }
+        entries = {key: entry for key, entry in _items(state["state_dict_metadata"]) if isinstance(entry, _TENSOR)}
+        if sum(len(_state(entry, _TENSOR)["chunks"]) for entry in entries.values()) > len(content):
+            raise ValueError("it names the same chunks again and again")
+        tensors = {key: _tensor(entry) for key, entry in entries.items()}
         objects = {key for key, entry in _items(state["state_dict_metadata"]) if isinstance(entry, _BYTES)}
         sizes = functools.cache(lambda name: (folder / name).stat().st_size)
         places = dict(_place(index, info, sizes) for index, info in state["storage_data"].items())
@@ -165,7 +202,7 @@ def _state(record: Any, kind: type[_Record]) -> dict[str, Any]:
 def _items(mapping: Any) -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
         if not isinstance(key, str):
-            raise ValueError(f"{key!r} is no name of a tensor")
+            raise ValueError(f"a {type(key).__name__} is no name of a tensor")
         yield key, value
 
 
@@ -173,10 +210,14 @@ def _size(record: Any) -> tuple[int, ...]:
     """The numbers of a torch.Size."""
     if not isinstance(record, _SIZE) or len(record.args) != 1:
         raise ValueError("a size is no torch.Size")
-    numbers = tuple(record.args[0])
-    if len(numbers) > 16 or any(type(number) is not int or not 0 <= number < 2**48 for number in numbers):
-        raise ValueError(f"{numbers} is no size of a tensor")
-    return numbers
+    numbers = record.args[0]
+    if not isinstance(numbers, tuple | list) or len(numbers) > 16 or any(not _is_count(number) for number in numbers):
+        raise ValueError("a torch.Size is no size of a tensor")
+    return tuple(numbers)
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**48
 
 
 def _tensor(record: Any) -> TensorStorageMetadata:
@@ -201,12 +242,14 @@ def _place(index: Any, info: Any, size_of: Callable[[str], int]) -> tuple[tuple[
     key, place = _state(index, _INDEX), _state(info, _STORAGE)
     name, offset, length = place["relative_path"], place["offset"], place["length"]
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"{name!r} is no file of the folder")
+        raise ValueError(f"{shown(name) if isinstance(name, str) else type(name).__name__} is no file of the folder")
     if place.get("transform_descriptors"):
-        raise ValueError(f"{name} is transformed by {place['transform_descriptors']!r}, which is not read here")
-    if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
-        raise ValueError(f"{name}: {offset!r} and {length!r} are no offset and length")
+        raise ValueError(f"{shown(name)} is transformed, which is not read here")
+    if not (_is_count(offset) and _is_count(length)):
+        raise ValueError(f"{shown(name)} has no offset and length")
     if offset + length > size_of(name):
-        raise ValueError(f"{name} ends before {offset + length} bytes")
+        raise ValueError(f"{shown(name)} ends before {offset + length} bytes")
+    if not isinstance(key["fqn"], str):
+        raise ValueError(f"a {type(key['fqn']).__name__} is no name of a tensor")
     chunk = key.get("offset")  # an object has none
     return (key["fqn"], None if chunk is None else _size(chunk)), Place(file=name, offset=offset, num_bytes=length)

@@ -6,6 +6,7 @@ way for another of the same step ends in ``.old`` until that one has its name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from megatron_hgpt.checkpoint.description import INFO, checkpoint_folders, publi
 from megatron_hgpt.checkpoint.shards import HashedFile, Shard, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
-from megatron_hgpt.errors import reason_of
+from megatron_hgpt.errors import CheckpointError, reason_of
 from megatron_hgpt.files import sealed, sync_folder
 from megatron_hgpt.rounding import file_size
 
@@ -115,7 +116,11 @@ def give_name(temporary: Path, final: Path) -> None:
         if aside.exists():
             aside.rename(final)
         raise
-    sync_folder(final.parent)
+    try:
+        sync_folder(final.parent)
+    except OSError as error:
+        # It has its name: a save that is called failed now would be there all the same.
+        logger.warning("%s is complete, but may not outlast a loss of power: %s", final, reason_of(error))
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -125,14 +130,19 @@ def next_publication(directory: Path) -> int:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the `keep` checkpoints published last and the healthy one published last; 0 keeps all."""
+    """Remove all but the `keep` checkpoints published last and the healthy one published last; 0 keeps all.
+
+    A folder whose description cannot be read stays: the disk may show it again, or its owner mend it.
+    """
     if keep == 0:
         return
-    folders = checkpoint_folders(directory)
-    readable = [folder for folder in folders[::-1] if publication_of(folder) is not None]
-    healthy = [folder for folder in readable if read_info(folder)["is_healthy"]]
-    kept = {*readable[:keep], *healthy[:1]}
-    for folder in folders:
+    infos: dict[Path, dict[str, Any]] = {}
+    for folder in checkpoint_folders(directory)[::-1]:
+        with contextlib.suppress(CheckpointError):
+            infos[folder] = read_info(folder)
+    healthy = [folder for folder, info in infos.items() if info["is_healthy"]]
+    kept = {*list(infos)[:keep], *healthy[:1]}
+    for folder in infos:
         if folder in kept:
             continue
         try:

@@ -35,13 +35,17 @@ def restore_random_states(folder: Path, info: dict[str, Any], contents: Contents
         seed_from_step(seed, info["step"])
         return
     numbers = ".".join(map(str, place))
+    present = _kinds(present_states())
     if info["format_version"] < 3:
         states = _states_of_an_object(folder, contents, f"{RNG}/shard_{numbers}_{'.'.join(map(str, sizes))}")
+        kinds = _kinds(states)
     else:
         prefix = f"{RNG}/{numbers}/"
-        names = [key.removeprefix(prefix) for key in contents.tensors if key.startswith(prefix)]
-        states = {name: read_whole(folder, contents, prefix + name) for name in names}
-    if _kinds(states) != _kinds(present_states()):
+        stored = {key.removeprefix(prefix): one for key, one in contents.tensors.items() if key.startswith(prefix)}
+        kinds = {name: (one.properties.dtype, one.size) for name, one in stored.items()}
+        # Only what has the size of the present ones is read: the map may name any.
+        states = {name: read_whole(folder, contents, prefix + name) for name in stored} if kinds == present else {}
+    if kinds != present:
         logger.warning("%s was saved on another kind of device: dropout draws anew", folder)
         seed_from_step(seed, info["step"])
         return

@@ -7,6 +7,7 @@ torch.distributed.checkpoint plans what to read. The reading is done here, on ea
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import zipfile
 from collections import defaultdict
@@ -36,6 +37,8 @@ def read_chunks(folder: Path, contents: Contents, chunks: Sequence[Chunk]) -> No
     for wanted in chunks:
         rectangle = ChunkStorageMetadata(torch.Size(wanted.offset), wanted.tensor.shape)
         items = create_read_items_for_chunk_list(wanted.key, contents.tensors[wanted.key], [rectangle])
+        if _do_overlap(items):
+            raise CheckpointError(f"{folder} holds a part of {wanted.key} twice; use another checkpoint")
         if sum(math.prod(item.lengths) for item in items) != wanted.tensor.numel():
             raise CheckpointError(f"{folder} holds only a part of {wanted.key}; use another checkpoint")
         for item in items:
@@ -50,7 +53,7 @@ def read_chunks(folder: Path, contents: Contents, chunks: Sequence[Chunk]) -> No
 
 
 def read_whole(folder: Path, contents: Contents, key: str) -> torch.Tensor:
-    """One stored tensor, whole, on the host.
+    """One stored tensor, whole, on the host; the caller has seen that its size is one to make room for.
 
     Raises:
         CheckpointError: as `read_chunks`.
@@ -83,6 +86,18 @@ def _check_shapes(folder: Path, contents: Contents, chunks: Sequence[Chunk]) -> 
             raise CheckpointError(f"{folder}: {wanted.key} is {size} there and {wanted.global_shape} in the model")
 
 
+def _do_overlap(items: Sequence[ReadItem]) -> bool:
+    """Whether two parts go to the same place: their numbers would add up to the whole, and leave holes."""
+    boxes = sorted((tuple(item.dest_offsets), tuple(item.lengths)) for item in items if math.prod(item.lengths))
+    for i, (start, shape) in enumerate(boxes):
+        for other, lengths in itertools.islice(boxes, i + 1, None):
+            if not start or other[0] >= start[0] + shape[0]:
+                break
+            if all(b < a + n and a < b + m for a, n, b, m in zip(start, shape, other, lengths, strict=True)):
+                return True
+    return False
+
+
 def _narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
     """The rectangle of `lengths` at `offsets`."""
     return tensor[tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))]
@@ -96,7 +111,9 @@ def _read_tensor(folder: Path, contents: Contents, key: str, offset: tuple[int, 
         raise CheckpointError(f"{folder / place.file} is damaged: {told(key)} is cut; use another checkpoint")
     value = _load(folder, place)
     is_as_described = (
-        isinstance(value, torch.Tensor) and value.shape == chunk.sizes and value.dtype == stored.properties.dtype
+        isinstance(value, torch.Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and (value.shape, value.dtype) == (chunk.sizes, stored.properties.dtype)
     )
     if not is_as_described:
         raise CheckpointError(

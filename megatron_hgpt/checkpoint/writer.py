@@ -116,9 +116,10 @@ class Save(threading.Thread, Generic[T]):
     Args:
         folder: to write to; the first rank makes it.
         chunks: what this rank writes, in the host's memory; a text says why there is nothing.
-        notes: of this rank, for `publish`.
+        notes: of this rank, for `describe`.
         make: the first rank's: makes the folder.
-        publish: the first rank's: gets the shards and notes of all ranks, in their order.
+        describe: the first rank's: gets the shards and notes of all ranks, in their order; returns the folder's bytes.
+        publish: the first rank's: gets those bytes, and gives the folder its name.
         deadline_s: seconds from now until it is overdue.
     """
 
@@ -129,7 +130,8 @@ class Save(threading.Thread, Generic[T]):
         chunks: Sequence[Chunk] | str,
         notes: dict[str, Any],
         make: Callable[[], None],
-        publish: Callable[[list[Shard], list[dict[str, Any]]], T],
+        describe: Callable[[list[Shard], list[dict[str, Any]]], int],
+        publish: Callable[[int], T],
         deadline_s: float,
     ) -> None:
         # A daemon: a disk that never answers does not keep the process.
@@ -138,7 +140,8 @@ class Save(threading.Thread, Generic[T]):
         self.published: T | None = None
         """What `publish` returned."""
         self.failure: str | None = None
-        self._chunks, self._notes, self._make, self._publish = chunks, notes, make, publish
+        self._chunks, self._notes = chunks, notes
+        self._make, self._describe, self._publish = make, describe, publish
         self._bulletin = Bulletin(next(_numbers))
         self._ends_at = time.monotonic() + deadline_s
         self._is_given_up = threading.Event()
@@ -209,9 +212,9 @@ class Save(threading.Thread, Generic[T]):
                 return None
             every = self._bulletin.handed_in()
             self._check()
-            self.published = self._publish(
-                [Shard.from_json(one["shard"]) for one in every], [one["notes"] for one in every]
-            )
+            size = self._describe([Shard.from_json(one["shard"]) for one in every], [one["notes"] for one in every])
+            self._check()
+            self.published = self._publish(size)
         return None
 
     def _see_folder(self) -> None:

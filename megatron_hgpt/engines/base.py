@@ -71,6 +71,8 @@ class TrainingEngine(Protocol):
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """Forward and backward of this rank's micro-batches; afterwards the step's gradient is complete.
 
+        A gradient that no `step` took is forgotten, whyever the step was left out.
+
         Returns:
             One report per micro-batch, in their order, on the last pipeline stage; nothing on the others.
         """

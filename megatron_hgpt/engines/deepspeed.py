@@ -62,12 +62,16 @@ class DeepSpeedEngine:
         if self._is_sharded:
             _gather_task_parameters_at_the_root(model)
         self.optimizer = self._engine.optimizer
+        self._first_micro_step = self.optimizer.micro_step_id
+        self._is_step_due = False
         _zero_moments(self.optimizer)
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> list[LossReport]:
         """See `TrainingEngine.accumulate`."""
         self._engine.train()
-        place = self.optimizer.micro_step_id
+        if self._is_step_due:
+            self._forget_gradient()
+        self._is_step_due = True
         with self._engine.coalesce_grad_reduction():
             try:
                 reports, num_tokens, is_finite = self._run(batches)
@@ -81,10 +85,6 @@ class DeepSpeedEngine:
                 self._engine.zero_grad()
                 self._sums.clear()
                 raise
-        if not is_finite:
-            # No `step` will follow: without this DeepSpeed would add the next gradient to what the last step left.
-            self.optimizer.zero_grad()
-            self.optimizer.micro_step_id = place
         return reports
 
     @torch.no_grad()
@@ -101,6 +101,7 @@ class DeepSpeedEngine:
     def step(self) -> float:
         """See `TrainingEngine.step`."""
         self._engine.step()
+        self._is_step_due = False
         return float(self._engine.get_global_grad_norm())
 
     @contextlib.contextmanager
@@ -149,6 +150,12 @@ class DeepSpeedEngine:
         counts[1] = not self.has_finite_gradient
         torch.distributed.all_reduce(counts)
         return reports, int(counts[0]), not counts[1]
+
+    def _forget_gradient(self) -> None:
+        """Begin as after a step: the last one was left out, and DeepSpeed would add the next gradient to its own."""
+        self.optimizer.zero_grad()
+        self.optimizer.averaged_gradients.clear()
+        self.optimizer.micro_step_id = self._first_micro_step
 
     def _collect_gradients(self) -> None:
         """Add this micro-batch's gradients to the fp32 sums and free them."""

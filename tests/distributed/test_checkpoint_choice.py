@@ -203,6 +203,14 @@ def test_a_rollback_takes_the_newest_healthy_one(run: Path) -> None:
     assert run_ranks(newest, 2, run / "checkpoints", None, True) == ["step_00000002 of step 2"] * 2
 
 
+def test_a_damaged_healthy_one_does_not_hide_one_that_is_not(run: Path) -> None:
+    """A resume asks for a healthy one, and then for any."""
+    seal_folder(run / "checkpoints" / "step_00000004", is_healthy=False)
+    (run / "checkpoints" / "step_00000002" / "__0_0.distcp").write_bytes(b"x")
+    assert run_ranks(newest, 2, run / "checkpoints", None, True) == ["none"] * 2
+    assert run_ranks(newest, 2, run / "checkpoints") == ["step_00000004 of step 4"] * 2
+
+
 def test_a_listing_that_lacks_the_newest_on_one_rank_ends_in_the_same_step_or_an_error(
     run: Path, tmp_path: Path
 ) -> None:

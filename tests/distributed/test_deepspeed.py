@@ -288,6 +288,28 @@ def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(stage: int, bac
         assert seen.startswith("skip: every loss is finite, but not the gradient of rank 1; its micro-batches hold ")
 
 
+def leave_a_step_out(backbone: Path, folder: Path, engine: EngineConfig) -> list[str]:
+    """What differs after a step between a run that left a finite one out before it, and one that never had it."""
+    context = initialize()
+    trained = []
+    for leave_out in (True, False):
+        trainer = make_trainer(make_config(backbone, folder, engine), context)
+        steps(trainer, 1)
+        if leave_out:
+            trainer.engine.accumulate(trainer.loader.next_step())
+            trainer.engine.evaluate(trainer.loader.next_step())
+        trainer.loader.load_state_dict({"step": 3})
+        steps(trainer, 1)
+        trained.append(whole(trainer))
+    return [name for name, value in trained[0].items() if not torch.equal(value, trained[1][name])]
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if "whole" not in name])
+def test_the_gradient_of_a_step_that_was_left_out_is_in_no_other(name: str, backbone: Path, tmp_path: Path) -> None:
+    for different in run_ranks(leave_a_step_out, 2, backbone, tmp_path, ENGINES[name], timeout_s=60):
+        assert different == []
+
+
 def cut_off_a_plugin(backbone: Path, folder: Path, engine: EngineConfig) -> str:
     from megatron_hgpt.errors import HealthGPTError
     from megatron_hgpt.hlora.linear import HLoRALinearMixin

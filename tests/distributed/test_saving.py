@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megatron_hgpt.config import CheckpointConfig, ParallelConfig, TimeoutsConfig, TrainingConfig
-from megatron_hgpt.errors import CheckpointError, ConfigError
+from megatron_hgpt.errors import CheckpointError, ConfigError, HungError
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import tiny_config, write_backbone
 from megatron_hgpt.testing.training import build_trainer
@@ -179,7 +179,7 @@ def hang_at_the_end(backbone: Path, folder: Path) -> str:
     if torch.distributed.get_rank() == 1:
         mock.patch.object(os, "fsync", lambda _: time.sleep(3600)).start()
     save(trainer)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(HungError) as error:
         trainer.checkpointer.published(is_final=True)
     return str(error.value)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_hgpt.checkpoint.metadata_file import METADATA, Place, read_contents, read_metadata_file
 from megatron_hgpt.checkpoint.reading import read_chunks, read_object, read_whole
@@ -137,7 +140,7 @@ LIES: dict[str, tuple[Any, str]] = {
     "beyond the end": (lambda m: places(m, offset=10**9), "ends before"),
     "a negative length": (lambda m: places(m, length=-1), "no offset and length"),
     "a length that is no number": (lambda m: places(m, length="5"), "no offset and length"),
-    "a transformation": (lambda m: places(m, transform_descriptors=["zstd"]), "is transformed by"),
+    "a transformation": (lambda m: places(m, transform_descriptors=["zstd"]), "is transformed, which is not read"),
     "a tensor of 2**60 numbers": (
         lambda m: setattr(m.state_dict_metadata["b"], "size", torch.Size([2**60])), "is no size of a tensor",
     ),
@@ -155,6 +158,50 @@ def test_what_cannot_be_is_refused(lie: str, folder: Path) -> None:
     change(folder, function)
     with pytest.raises(CheckpointError, match=message):
         read(folder)
+
+
+def tuples() -> Any:
+    """As text 2**24 times its size in a pickle."""
+    value: Any = ()
+    for _ in range(24):
+        value = (value, value)
+    return value
+
+
+BOMBS: dict[str, Any] = {
+    "an offset": lambda m: places(m, offset=tuples()),
+    "a transformation": lambda m: places(m, transform_descriptors=tuples()),
+    "a file": lambda m: places(m, relative_path=tuples()),
+    "a size": lambda m: setattr(m.state_dict_metadata["b"], "size", tuples()),
+    "a list of chunks that many tensors share": lambda m: m.state_dict_metadata.update(
+        dict.fromkeys(map(str, range(20000)), dataclasses.replace(m.state_dict_metadata["b"], chunks=[None] * 20000))
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_grows_when_it_is_worded_or_followed_is_refused_at_once(bomb: str, folder: Path) -> None:
+    change(folder, BOMBS[bomb])
+    content = read_metadata_file(folder)
+    started_s = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"\.metadata is refused"):
+            read_contents(folder, content)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert time.monotonic() - started_s < 5
+
+
+def test_keys_that_take_for_ever_to_hash_are_refused(folder: Path) -> None:
+    key = pickle.dumps(tuples(), protocol=2)[2:-1]
+    for content in (b"}" + key + b"K\x01s.", b"}(" + key + b"K\x01u.", b"(" + key + b"K\x01d."):
+        with pytest.raises(CheckpointError, match="a tuple stands where a name belongs"):
+            read_contents(folder, b"\x80\x02" + content)
+    for content in (b"\x8f(" + key + b"\x90.", b"(" + key + b"\x91."):
+        with pytest.raises(CheckpointError, match="it holds a set"):
+            read_contents(folder, b"\x80\x04" + content)
 
 
 @pytest.mark.parametrize("content", [b"", b".", b"\x80\x04", b"not a pickle", b"\x80\x04K\x01.", b"(" * 10000])
@@ -212,6 +259,26 @@ def test_another_tensor_in_its_place_and_holes_are_refused(folder: Path) -> None
     absent = Chunk(key="c", global_shape=(1,), offset=(0,), tensor=torch.zeros(1))
     with pytest.raises(CheckpointError, match="lacks 1 tensors of the model"):
         read_chunks(folder, contents, [absent])
+
+
+def test_parts_that_overlap_do_not_make_a_whole(folder: Path) -> None:
+    """[0:3] and [1:3] of 5 are five numbers, and leave two out."""
+    contents = read(folder)
+    contents.tensors["b"].chunks[:] = [
+        ChunkStorageMetadata(torch.Size([0]), torch.Size([3])), ChunkStorageMetadata(torch.Size([1]), torch.Size([2]))
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="holds a part of b twice"):
+        read_whole(folder, contents, "b")
+
+
+@pytest.mark.parametrize("value", [torch.ones(5).to_sparse(), torch.ones(5, device="meta")], ids=["sparse", "meta"])
+def test_a_tensor_without_its_numbers_is_refused(value: torch.Tensor, folder: Path) -> None:
+    contents = read(folder)
+    torch.save(value.to(torch.bfloat16), folder / "other.distcp")
+    size = (folder / "other.distcp").stat().st_size
+    contents.places["b", (0,)] = Place(file="other.distcp", offset=0, num_bytes=size)
+    with pytest.raises(CheckpointError, match="it holds another tensor than b"):
+        read_whole(folder, contents, "b")
 
 
 def test_a_packed_tensor_is_refused_before_it_is_unpacked(folder: Path) -> None:

@@ -162,11 +162,17 @@ def test_the_newest_healthy_one_is_never_removed(tmp_path: Path) -> None:
     checkpoint(tmp_path, 2, 2)
     for step in (3, 4, 5):
         checkpoint(tmp_path, step, step, is_healthy=False)
-    (tmp_path / "step_00000009").mkdir()  # damaged
+    (tmp_path / "step_00000009").mkdir()  # damaged, or not seen at the moment: not for us to remove
     prune(tmp_path, 0)
     assert len(names(tmp_path)) == 6
     prune(tmp_path, 2)
-    assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"]
+    assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000005", "step_00000009"]
+
+
+def test_what_has_its_name_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch.object(publication, "sync_folder", side_effect=OSError(5, "Input/output error")):
+        give_name(filled(tmp_path / "step_00000004.1.tmp", "new"), tmp_path / "step_00000004")
+    assert names(tmp_path) == ["step_00000004"] and "may not outlast a loss of power" in caplog.text
 
 
 def test_a_removal_that_is_interrupted_leaves_no_half_checkpoint(tmp_path: Path) -> None:
