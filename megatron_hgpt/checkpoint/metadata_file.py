@@ -96,7 +96,11 @@ _SIZE = _CLASSES["torch", "Size"]
 
 
 # The reader in Python: the one in C makes room for as many memo entries as two bytes of the file ask for.
-class _InertUnpickler(pickle._Unpickler):
+# (Any: typeshed does not name the methods of it.)
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Records for the names above, a type of numbers for ``torch.float32`` and its like, and no other name.
 
     The keys of its dictionaries are texts and records: to hash tuples of tuples could take for ever.
@@ -128,8 +132,8 @@ class _InertUnpickler(pickle._Unpickler):
 
     load_additems = load_frozenset
 
-    dispatch: ClassVar[dict[int, Callable[[_InertUnpickler], None]]] = {
-        **pickle._Unpickler.dispatch,
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_PythonUnpickler.dispatch,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,
