@@ -157,7 +157,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(
 
 
 def test_a_slow_step_is_named_and_the_run_goes_on(config: Path, tmp_path: Path, started: list[Run]) -> None:
-    run = Run(tmp_path, config, "slow", 1, "timeouts.step_limit_s=30")
+    run = Run(tmp_path, config, "slow", 1, "timeouts.step_limit_s=30", "training.num_steps=60")
     started.append(run)
     assert run.wait(120) == 0, run.text()[-3000:]
     assert "behind is rank 1" in run.text() and "the run goes on, at step" in run.text()
