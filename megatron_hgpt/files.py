@@ -105,7 +105,7 @@ def _explain(error: OSError, folder: Path, temporary: Path) -> None:
     if not is_about or not (is_short or error.errno in _NO_ROOM):
         return
     written = sum(path.stat().st_size for path in temporary.rglob("*")) if temporary.is_dir() else 0
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     raise DataError(
         f"{folder} cannot be written ({reason_of(error)}): {written / 2**20:.1f} MiB were and more is needed, "
         f"{free / 2**20:.1f} MiB are free; make room or choose another place; "
@@ -118,13 +118,18 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def free_bytes(path: Path) -> int:
+    """What this user may still write to the disk where a file or folder is, or is to be."""
+    return shutil.disk_usage(_existing(path)).free
+
+
 def require_room(folder: Path, num_bytes: int) -> None:
     """Refuse to start what the disk cannot hold.
 
     Raises:
         DataError: less than `num_bytes` are free where `folder` is.
     """
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     if free < num_bytes:
         need = f"{num_bytes / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
         raise DataError(f"{folder} needs {need}; make room or choose another place")

@@ -15,7 +15,7 @@ import torch
 from megatron_hgpt.distributed import DistributedContext
 from megatron_hgpt.environment import launcher_from_environment, started_by_an_elastic_launcher
 
-_SECOND_CTRL_C_S = 1.0
+SECOND_CTRL_C_S = 1.0
 """Seconds after the first signal from which on Ctrl-C means: at once. Launchers and clusters repeat theirs earlier."""
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that the kernel sends when the parent ends."""
@@ -61,7 +61,7 @@ class StopSignals:
         return self.number != 0
 
     def _ask(self, signum: int, _frame: FrameType | None) -> None:
-        if self._since_s and signum == signal.SIGINT and time.monotonic() > self._since_s + _SECOND_CTRL_C_S:
+        if self._since_s and signum == signal.SIGINT and time.monotonic() > self._since_s + SECOND_CTRL_C_S:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self._since_s = self._since_s or time.monotonic()

@@ -22,7 +22,7 @@ from megatron_hgpt.checkpoint.shards import HashedFile, Shard, write_metadata
 from megatron_hgpt.config import RunConfig
 from megatron_hgpt.config_io import dump
 from megatron_hgpt.errors import CheckpointError, reason_of
-from megatron_hgpt.files import sealed, sync_folder
+from megatron_hgpt.files import free_bytes, sealed, sync_folder
 from megatron_hgpt.rounding import file_size
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,6 @@ def bytes_on_disk(num_bytes: int, num_chunks: int) -> int:
 def folder_of(directory: Path, step: int) -> Path:
     """Where the checkpoint of a step goes."""
     return directory / f"step_{step:08d}"
-
-
-def free_bytes(directory: Path) -> int:
-    """What this user may still write to the disk of a folder."""
-    return shutil.disk_usage(directory).free
 
 
 def lacking_room(directory: Path, needed: int) -> str | None:

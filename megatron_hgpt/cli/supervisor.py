@@ -29,6 +29,7 @@ from megatron_hgpt.cli.frame import RANK_ERROR_DELAY_S
 from megatron_hgpt.config import LaunchConfig
 from megatron_hgpt.errors import CheckpointError
 from megatron_hgpt.exit_status import ExitStatus
+from megatron_hgpt.interruption import SECOND_CTRL_C_S
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ _ENDED = (ExitStatus.FINISHED, -signal.SIGTERM, -signal.SIGKILL)
 _STATUS_KEY = "hgpt/exit_status"
 _ASKED_KEY = "hgpt/asked_to_stop"
 _LONGEST_BACKOFF_S = 300.0
-_SECOND_CTRL_C_S = 1.0
 
 
 class Patience:
@@ -254,7 +254,7 @@ class Agent(LocalElasticAgent):
 
         def again(signum: int, _frame: FrameType | None) -> None:
             came.append(signum)
-            if signum == signal.SIGINT and time.monotonic() > since_s + _SECOND_CTRL_C_S and self._pcontext:
+            if signum == signal.SIGINT and time.monotonic() > since_s + SECOND_CTRL_C_S and self._pcontext:
                 for pid in self._pcontext.pids().values():
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)

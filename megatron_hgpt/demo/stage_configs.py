@@ -18,7 +18,7 @@ from megatron_hgpt.config_io import dump, load_config
 from megatron_hgpt.demo.assets import MARKER as ASSET_MARKER
 from megatron_hgpt.demo.assets import digest
 from megatron_hgpt.errors import ConfigError, DataError, raise_problems
-from megatron_hgpt.files import read_json, why_not_writable, write_atomic
+from megatron_hgpt.files import free_bytes, read_json, why_not_writable, write_atomic
 from megatron_hgpt.model_folders import load_resolved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def _refuse_foreign(output: Path) -> None:
 def _refuse_full(output: Path) -> None:
     if problem := why_not_writable(output, is_folder=True):
         raise DataError(f"--output {output} cannot be written: {problem}; name another place")
-    free = shutil.disk_usage(next(place for place in (output, *output.parents) if place.exists())).free
+    free = free_bytes(output)
     if free < NEEDED_BYTES:
         raise DataError(
             f"--output {output} has {free / 2**20:.0f} MiB free, the demo needs {NEEDED_BYTES / 2**20:.0f} MiB; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,20 +14,16 @@ from megatron_hgpt.errors import ConfigError
 from megatron_hgpt.ownership import FolderOwner
 from megatron_hgpt.run_stage import _own_folders
 from megatron_hgpt.testing.distributed import run_ranks
+from tests.disks import small_disk
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB without a free byte."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    (place / "run").mkdir()
-    (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free))
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with small_disk(tmp_path / "small", "64k") as place:
+        (place / "run").mkdir()
+        (place / "ballast").write_bytes(bytes(shutil.disk_usage(place).free))
+        yield place
 
 
 def own(output_dir: Path) -> str:

@@ -23,6 +23,7 @@ from megatron_hgpt.errors import CheckpointError, ConfigError, HungError
 from megatron_hgpt.testing.distributed import run_ranks
 from megatron_hgpt.testing.models import tiny_config, write_backbone
 from megatron_hgpt.testing.training import build_trainer
+from tests import disks
 
 TP2 = {"tensor_model_parallel_size": 2}
 
@@ -266,15 +267,8 @@ def test_each_rank_of_zero_1_writes_its_own_half(backbone: Path, tmp_path: Path)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 3 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("a disk can be mounted by root alone")
-    try:
+    with disks.small_disk(tmp_path / "disk", "3m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def fill(backbone: Path, folder: Path, disk: Path, fillers: tuple[int, int]) -> tuple[list[str], list[str]]:

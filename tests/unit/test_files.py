@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import pytest
 from megatron_hgpt import files
 from megatron_hgpt.errors import DataError
 from megatron_hgpt.files import replace_folder, require_room, write_atomic
+from tests import disks
 
 
 def test_replaces_the_content_and_creates_folders(tmp_path) -> None:
@@ -187,13 +187,8 @@ def test_one_writer_at_a_time_and_a_killed_one_is_followed(tmp_path: Path, caplo
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 1 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a memory map may still be open
+    with disks.small_disk(tmp_path / "small", "1m") as place:
+        yield place
 
 
 def test_a_full_disk_is_one_line_and_the_old_folder_stays(small_disk: Path) -> None:

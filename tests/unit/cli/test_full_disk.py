@@ -15,6 +15,7 @@ from PIL import Image
 
 from megatron_hgpt.cli import main
 from megatron_hgpt.data.mmap_format import DatasetReader
+from tests.disks import small_disk
 
 NO_ROOM = (
     r"{folder} cannot be written \(No space left on device\): [0-9.]+ MiB were and more is needed, 0\.\d MiB are free"
@@ -24,13 +25,8 @@ NO_ROOM = (
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 1 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a memory map may still be open
+    with small_disk(tmp_path / "small", "1m") as place:
+        yield place
 
 
 @pytest.fixture

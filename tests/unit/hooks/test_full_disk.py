@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from megatron_hgpt.hooks.image_samples import ImageSamplesHook
 from megatron_hgpt.hooks.metrics import MetricsHook, read_metrics
 from megatron_hgpt.hooks.tensorboard import TensorBoardHook
 from megatron_hgpt.hooks.watchdog import WatchdogHook
+from tests.disks import small_disk
 
 ANOMALY = Anomaly(step=2, kind="spike", action="warn", text="high")
 
@@ -27,13 +27,8 @@ ANOMALY = Anomaly(step=2, kind="spike", action="warn", text="high")
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 128 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with small_disk(tmp_path / "small", "128k") as place:
+        yield place
 
 
 def fill(disk: Path) -> Path:
